@@ -1,0 +1,1 @@
+"""Engines: loaded models that give token log-probs and samples."""

@@ -1,0 +1,143 @@
+"""The question every model is asked: how likely are these completions after this prefix?
+
+Engines take token ids and give token ids or log-probs; text never crosses this line. The reward
+asks strong and weak, the router asks about its labels. Sampling (`generate`) is the only other
+question. The protocol is the same in process and through the engine host (`cdr.engines.host`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+TokenLogprobs = npt.NDArray[np.float32]
+"""Log-probs in nats, one per completion token, shape [num_tokens]. Sum them in float64."""
+
+
+@dataclass(frozen=True)
+class ScoringGroup:
+    """One prefix and the completions to score after it.
+
+    Args:
+        prefix_ids: token ids of the rendered prompt with the generation header, at least one.
+        completions_ids: token ids of each completion, each at least one long.
+    """
+
+    prefix_ids: tuple[int, ...]
+    completions_ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """One prefix to continue `len(seeds)` times.
+
+    Args:
+        prefix_ids: token ids of the rendered prompt with the generation header.
+        seeds: one per completion wanted; the same seed gives the same completion.
+        max_new_tokens: tokens at most, the end-of-turn token included.
+        temperature: 0 takes the likeliest token; otherwise > 0.
+        top_p: nucleus mass kept, in (0, 1].
+        stop_ids: token ids that end a completion (they are left out of the result).
+    """
+
+    prefix_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sampled completion: token ids without the stop token, and `stop` or `length`."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Everything an engine needs to load, resolved on the driver; crosses to hosts as JSON.
+
+    Args:
+        name: what requests call it; the model's `model_key`.
+        engine: `transformers` or `stub`.
+        path: local folder of weights and tokenizer, or a hub id.
+        revision: commit hash of the hub id; None for a folder.
+        adapter_path: local folder of a LoRA adapter; None for none.
+        dtype: `float32` or `bfloat16` (`auto` was decided before).
+        head_dtype: dtype in which the LM head and log-softmax run.
+        max_length: tokens of prefix and completion together that the engine must take.
+        batch_tokens: token rows per forward at most.
+        extra: further engine arguments, as JSON text of an object.
+    """
+
+    name: str
+    engine: str
+    path: str
+    revision: str | None = None
+    adapter_path: str | None = None
+    dtype: str = "float32"
+    head_dtype: str = "float32"
+    max_length: int = 2048
+    batch_tokens: int = 4096
+    extra: str = "{}"
+
+
+class LogprobEngine(Protocol):
+    """A loaded model that scores and samples.
+
+    Same inputs, same outputs, in order, whatever the grouping or batch.
+    """
+
+    spec: EngineSpec
+    engine_version: str
+    """For example `transformers 5.19.0 / torch 2.13.0`."""
+
+    def score(self, groups: Sequence[ScoringGroup]) -> list[list[TokenLogprobs]]:
+        """Give the log-prob of every completion token given prefix and earlier tokens.
+
+        Args:
+            groups: sorted by `prefix_ids` when neighbours are to share their common prefix;
+                any order is right.
+
+        Returns:
+            One list per group, one float32 array per completion, in the given order.
+        """
+        ...
+
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[list[Sample]]:
+        """Sample completions; one list per request, one sample per seed, in order."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back; the engine cannot be used afterwards."""
+        ...
+
+
+def make_engine(spec: EngineSpec, num_threads: int | None = None) -> LogprobEngine:
+    """Load the engine a spec names.
+
+    Args:
+        spec: what to load.
+        num_threads: CPU threads for the engine; None takes all cores.
+
+    Raises:
+        ModelError: the model cannot be loaded, or this machine lacks the engine's package.
+    """
+    from cdr.errors import ModelError
+
+    if spec.engine == "stub":
+        from cdr.engines.stub import StubEngine
+
+        return StubEngine(spec)
+    if spec.engine == "transformers":
+        from cdr.engines.transformers import TransformersEngine
+
+        return TransformersEngine(spec, num_threads=num_threads)
+    raise ModelError(f"engine must be 'transformers' or 'stub', got {spec.engine!r}")

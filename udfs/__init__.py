@@ -1,0 +1,1 @@
+"""Pandas functions that Spark ships to Python workers."""

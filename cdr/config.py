@@ -13,11 +13,12 @@ Nothing here touches models, tables or the network; `cdr.models` resolves what t
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
@@ -36,10 +37,18 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_OVERRIDE = re.compile(r"^[^.=]+(\.[^.=]+)*=")
+_MISSING_VARIABLE = re.compile(r"Environment variable '(.+?)' not found")
+
+
+_LOOK_UP_REVISION = (
+    "a model's commit hash is printed by: python -c \"from huggingface_hub import model_info; "
+    "print(model_info('OWNER/NAME').sha)\"; see docs/reference/config.md"
+)
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSpec(_Spec):
@@ -81,19 +90,24 @@ class ModelSpec(_Spec):
     def _pinned(self) -> Self:
         if self.engine == "stub":
             return self
+        problems = []
         for kind, path, revision in (
             ("revision", self.path, self.revision),
             ("adapter_revision", self.adapter, self.adapter_revision),
         ):
             if path is None:
-                continue
-            if is_hub_id(path) and (revision is None or not _COMMIT.match(revision)):
-                raise ValueError(
-                    f"{kind}: must be a 40-digit commit hash for the hub id '{path}', "
-                    f"got {revision!r}; an unpinned model would change its scores in silence"
-                )
-            if not is_hub_id(path) and revision is not None:
-                raise ValueError(f"{kind}: only a hub id has one, '{path}' is a folder")
+                if revision is not None:
+                    problems.append(f"{kind}: is given, but adapter is not")
+            elif is_hub_id(path):
+                if revision is None or not _COMMIT.match(revision):
+                    problems.append(
+                        f"{kind}: must be a 40-digit commit hash for the hub id '{path}', "
+                        f"got {revision!r}; an unpinned model would change its scores in silence"
+                    )
+            elif revision is not None:
+                problems.append(f"{kind}: only a hub id has one, '{path}' is a folder")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -256,7 +270,7 @@ class RewardSpec(_Spec):
 class ColumnsSpec(_Spec):
     """Names of the input's columns. None: the input has no such column."""
 
-    prompt: str = "prompt"
+    prompt: str = Field("prompt", description="Text, or messages: an array of role and content.")
     completion: str = Field("completion", description="Text; for layout `array` an array of it.")
     completion_b: str = Field("completion_b", description="Second completion of layout `ab`.")
     prompt_id: str | None = Field(None, description="None: derived from the prompt's content.")
@@ -436,10 +450,10 @@ def content_hash(value: object) -> str:
 
 def _read_tree(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     tree = _read_yaml(Path(path))
-    bare = [item for item in overrides if "=" not in item]
-    if bare:
+    malformed = [item for item in overrides if not _OVERRIDE.match(item)]
+    if malformed:
         raise ConfigError(
-            [f"--set {item}: expected KEY=VALUE" for item in bare],
+            [f"--set {item}: expected KEY=VALUE" for item in malformed],
             fix="for example --set pairs.min_margin=0.5",
         )
     # `--set reward=other.yaml` replaces the file before its content is read.
@@ -448,22 +462,46 @@ def _read_tree(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
         tree["reward"] = swaps[-1].removeprefix("reward=")
     if isinstance(tree.get("reward"), str):
         tree["reward"] = _read_yaml(Path(tree["reward"]))
-    rest = [item for item in overrides if not item.startswith("reward=")]
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(rest))
-        resolved = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError([str(error).splitlines()[0]], where=str(path)) from None
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
+    merged = OmegaConf.create(tree)
+    problems = []
+    for item in overrides:
+        if item.startswith("reward="):
+            continue
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        except (OmegaConfBaseException, ValueError, TypeError, yaml.YAMLError) as error:
+            problems.append(f"--set {item}: {str(error).splitlines()[0]}")
+    problems += _unresolvable(merged)
+    if problems:
+        raise ConfigError(problems, where=str(path), fix=_fix_for(problems))
+    return {str(k): v for k, v in OmegaConf.to_container(merged, resolve=True).items()}
+
+
+def _unresolvable(node: Any, prefix: str = "") -> Iterator[str]:
+    """Name every `${...}` of an OmegaConf node that has no value, with its key."""
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:
+            missing = _MISSING_VARIABLE.search(str(error))
+            problem = (
+                f"environment variable '{missing[1]}' is not set"
+                if missing
+                else str(error).splitlines()[0]
+            )
+            yield f"{prefix}{key}: {problem}"
+        else:
+            if OmegaConf.is_config(value):
+                yield from _unresolvable(value, f"{prefix}{key}.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # OmegaConf's loader, unlike PyYAML's, refuses a key that stands twice.
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file"], fix="see the files in conf/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([f"cannot be read as YAML: {error}"], where=str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -484,10 +522,42 @@ def _anchor_paths(value: Any, folder: Path) -> Any:
 
 
 def _validate(model: type[_Model], path: str | Path, tree: dict[str, Any]) -> _Model:
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(list(_problems(error, model)), where=str(path)) from None
+    problems: list[str] = []
+    tree = copy.deepcopy(tree)
+    while True:
+        try:
+            valid = model.model_validate(tree)
+        except ValidationError as error:
+            problems += _problems(error, model)
+            unknown = [i["loc"] for i in error.errors() if i["type"] == "extra_forbidden"]
+            # An unknown key keeps pydantic from the checks across keys: mend it and look again.
+            for location in unknown:
+                _mend(tree, location, model)
+            if unknown:
+                continue
+        if not problems:
+            return valid
+        problems = list(dict.fromkeys(problems))
+        raise ConfigError(problems, where=str(path), fix=_fix_for(problems))
+
+
+def _mend(tree: Any, location: Sequence[str | int], root: type[BaseModel]) -> None:
+    """Rename an unknown key to the one it was probably meant to be, or drop it."""
+    *parents, key = location
+    for parent in parents:
+        tree = tree[parent]
+    value = tree.pop(key)
+    near = _nearest_key(str(key), _known_keys(root, [str(part) for part in parents]))
+    if near is not None:
+        tree.setdefault(near, value)
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(key, known, n=1)), None)
+
+
+def _fix_for(problems: Sequence[str]) -> str | None:
+    return _LOOK_UP_REVISION if any("revision" in problem for problem in problems) else None
 
 
 def _problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -498,8 +568,8 @@ def _problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
         given = repr(item["input"]) if not isinstance(item["input"], dict) else "a mapping"
         if item["type"] == "extra_forbidden":
             known = _known_keys(root, location[:-1])
-            near = difflib.get_close_matches(location[-1], known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            near = _nearest_key(location[-1], known)
+            hint = f"did you mean '{near}'?" if near else f"known: {', '.join(known)}"
             lines.append(f"{key}: unknown key; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{key}: is required")
@@ -508,7 +578,10 @@ def _problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
             lines.extend(f"{key}.{line}" if key else line for line in stated)
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{key}: {message}, got {given}")
+            # Such as a commit hash of digits only, which YAML reads as a number.
+            unquoted = item["type"] == "string_type" and isinstance(item["input"], int | float)
+            hint = "; put it in quotes" if unquoted else ""
+            lines.append(f"{key}: {message}, got {given}{hint}")
     return lines
 
 

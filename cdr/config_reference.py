@@ -1,0 +1,121 @@
+"""Reference page of every key a config may hold, written from the models in `cdr.config`.
+
+    python -m cdr.config_reference > docs/reference/config.md
+
+A test compares the page with what this prints, so that the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from cdr.config import AnnotateConfig
+
+_INTRODUCTION = """\
+# Config reference
+
+<!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py. -->
+
+A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
+by file. Unknown keys are errors, and all problems of a file are reported together, before Spark
+starts.
+
+## Where values come from
+
+1. `reward:` may name another YAML file; its content takes the place of the name.
+2. A value that starts with `./` or `../` inside a file is a path relative to that file. Anything
+   else (absolute paths, `s3://...`, hub ids, paths given by `--set`) is taken as it is.
+3. `${oc.env:NAME}` reads the environment, `${oc.env:NAME,default}` with a default.
+4. `--set a.b=c` wins over files, and the last one over earlier ones.
+   `--set reward=FILE` swaps the whole reward, whatever its place among the `--set` options.
+
+## Revisions
+
+A model from a hub is pinned to a commit, because a log-prob is stored under its model's identity:
+an unpinned model would change its numbers in silence. This prints the newest commit of a model:
+
+    python -c "from huggingface_hub import model_info; print(model_info('OWNER/NAME').sha)"
+
+Put the 40 digits in quotes: YAML reads a hash of digits only as a number. A model in a folder has
+no revision; its identity is a hash of the folder's content.
+
+## Keys
+"""
+
+_BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
+
+
+def render_config_reference() -> str:
+    """Give the page as Markdown: one section per mapping of the config, depth first."""
+    return _INTRODUCTION + "".join(_sections(AnnotateConfig, ""))
+
+
+def _sections(model: type[BaseModel], key: str) -> Iterator[str]:
+    title = f"`{key}`" if key else "A run"
+    rows = "".join(_row(name, field) for name, field in model.model_fields.items())
+    yield (
+        f"\n### {title}\n\n{inspect.getdoc(model)}\n\n"
+        f"| key | value | default | meaning |\n|---|---|---|---|\n{rows}"
+    )
+    for name, field in model.model_fields.items():
+        inner = _inner_model(field.annotation)
+        if inner is not None:
+            origin = get_origin(field.annotation)
+            step = ".<role>" if origin is dict else "[]" if origin is tuple else ""
+            yield from _sections(inner, f"{key}.{name}{step}".removeprefix("."))
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    inner = _inner_model(field.annotation)
+    if field.is_required():
+        default = "required"
+    elif inner is field.annotation:
+        default = "see below"
+    else:
+        default = f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+    bounds = [
+        f"{sign} {getattr(rule, kind.__name__.lower()):g}"
+        for rule in field.metadata
+        for kind, sign in _BOUNDS.items()
+        if isinstance(rule, kind)
+    ]
+    value = ", ".join([_type_name(field.annotation), *bounds])
+    meaning = field.description or (inspect.getdoc(inner) or "").split("\n")[0]
+    # The descriptions speak Python, the page YAML; and a bare | would end the table's cell.
+    meaning = re.sub(r"\bNone\b", "`null`", meaning).replace("|", "\\|")
+    return f"| `{name}` | {value} | {default} | {meaning} |\n"
+
+
+def _type_name(annotation: Any) -> str:
+    """Name a type the way YAML shows it; `None` is in the default column."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments if a is not type(None))
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {_type_name(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
+    return names.get(annotation, "anything")
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+if __name__ == "__main__":
+    print(render_config_reference(), end="")

@@ -1,0 +1,232 @@
+"""A causal language model of the transformers library, reduced to what engines ask of it.
+
+`CausalLm` loads weights (and a LoRA adapter), and hides what differs between architectures: how
+masks are passed, sliding windows, the cache classes, and what happens to logits after the head.
+Anything it cannot reproduce is refused when it loads, never scored wrongly.
+
+Out of scope: quantised weights, and one model spread over several devices.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from cdr.engines.base import EngineSpec
+from cdr.engines.devices import DTYPES
+from cdr.errors import ModelError
+
+KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
+"""Per layer: keys and values, each of shape [batch, heads, tokens, head_dim]; never mutated."""
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# RoPE variants whose frequencies depend on the longest position of a call, beyond a limit.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class CausalLm:
+    """Decoder and LM head, loaded as a spec says.
+
+    Args:
+        spec: what to load.
+        device: where to put it.
+
+    Attributes:
+        vocab_size: ids that have both an embedding and a logit.
+
+    Raises:
+        ModelError: weights are missing or not safetensors, or spec or architecture ask for
+            something that is not supported.
+    """
+
+    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
+        self._check_spec(spec)
+        self._device = device
+        self._model = _load(spec, device)
+        self._decoder = self._model.base_model
+        self._head = self._model.get_output_embeddings()
+        self._head_dtype: torch.dtype = getattr(torch, spec.head_dtype)
+        self.vocab_size: int = min(
+            len(self._head.weight), self._model.get_input_embeddings().num_embeddings
+        )
+        config = self._model.config
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma
+        self._scale: float = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        self._scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        self._layer_types = _resolve_layer_types(config, spec)
+        self._window: int | None = getattr(config, "sliding_window", None)
+
+    def read(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        key_positions: torch.Tensor,
+        visible: torch.Tensor,
+        layers: KeysValues,
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """Run the decoder on new tokens, given the keys and values of earlier ones.
+
+        Args:
+            token_ids: shape [batch, rows].
+            positions: shape [batch, rows].
+            key_positions: shape [batch, keys]; the last `rows` keys are the rows themselves.
+            visible: which keys a row may see, itself among them, shape [batch, rows, keys].
+            layers: keys and values of the first `keys − rows` keys; empty for none.
+
+        Returns:
+            Hidden states after the final norm, shape [batch, rows, hidden], and the keys and
+            values of all keys.
+        """
+        masks = {"full_attention": visible[:, None]}
+        if "sliding_attention" in self._layer_types:
+            near = positions[:, :, None] - key_positions[:, None, :] < self._window
+            masks["sliding_attention"] = (visible & near)[:, None]
+        if self._model.config._attn_implementation == "eager":  # it adds the mask to the scores
+            dtype = self._model.dtype
+            masks = {
+                kind: torch.zeros(mask.shape, dtype=dtype, device=self._device).masked_fill_(
+                    ~mask, torch.finfo(dtype).min
+                )
+                for kind, mask in masks.items()
+            }
+        # Made without a config: sliding layers would drop keys that other branches still need.
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(layers):
+            cache.update(keys, values, index)
+        output = self._decoder(
+            input_ids=token_ids,
+            position_ids=positions,
+            attention_mask=masks if len(self._layer_types) > 1 else masks[self._layer_types[0]],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def compute_logits(
+        self, states: torch.Tensor, first: int = 0, last: int | None = None
+    ) -> torch.Tensor:
+        """Run the LM head for the ids [first, last) of the vocabulary.
+
+        Args:
+            states: hidden states after the final norm, shape [rows, hidden].
+            first: first id.
+            last: one past the last id; None for the end of the vocabulary.
+
+        Returns:
+            Float32 logits, shape [rows, ids].
+        """
+        last = self.vocab_size if last is None else min(last, self.vocab_size)
+        weight = self._head.weight[first:last].to(self._head_dtype)
+        logits = (states.to(self._head_dtype) @ weight.T).float()
+        if self._head.bias is not None:
+            logits += self._head.bias[first:last]
+        if self._scale != 1.0:
+            logits *= self._scale
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
+    def compute_plain_logprobs(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Score one sequence with the architecture's own forward, masks and head.
+
+        Args:
+            token_ids: shape [tokens].
+
+        Returns:
+            log p(token | earlier tokens) of all tokens but the first, shape [tokens − 1].
+        """
+        logits = self._model(input_ids=token_ids[None], use_cache=False).logits[0, :-1]
+        logprobs = logits[:, : self.vocab_size].float().log_softmax(-1)
+        return logprobs.gather(-1, token_ids[1:, None])[:, 0]
+
+    @staticmethod
+    def _check_spec(spec: EngineSpec) -> None:
+        problem = None
+        if spec.dtype not in DTYPES:
+            problem = f"dtype must be one of {', '.join(DTYPES)}, got {spec.dtype!r}"
+        elif spec.head_dtype not in DTYPES:
+            problem = f"head_dtype must be one of {', '.join(DTYPES)}, got {spec.head_dtype!r}"
+        elif json.loads(spec.extra):
+            problem = f"the transformers engine takes no extra arguments, got {spec.extra}"
+        if problem:
+            raise ModelError(problem, where=f"engine {spec.name}")
+
+
+def _load(spec: EngineSpec, device: torch.device) -> Any:
+    """Load weights in the spec's dtype; with an adapter, merged in float32 before the cast."""
+    source = {"revision": spec.revision, "trust_remote_code": False}
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    try:
+        config = AutoConfig.from_pretrained(spec.path, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            **source,
+            config=config,
+            use_safetensors=True,
+            # sdpa leaves a softcap on attention scores out.
+            attn_implementation="eager"
+            if getattr(config, "attn_logit_softcapping", None)
+            else "sdpa",
+            dtype=torch.float32 if spec.adapter_path else dtype,
+            device_map={"": "cpu" if spec.adapter_path else device},
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load the model: {error}",
+            where=f"engine {spec.name} ({spec.path})",
+            fix="path must be a folder or hub id with a config.json that transformers knows "
+            "and weights as safetensors",
+        ) from error
+    if spec.adapter_path:
+        model = _merge_adapter(model, Path(spec.adapter_path))
+        # Parameters only: `model.to(dtype)` would round the float32 RoPE frequencies too.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.to(device)
+    return model.eval()
+
+
+def _merge_adapter(model: Any, folder: Path) -> Any:
+    """Add a LoRA adapter to float32 weights: merged in bfloat16, small updates would round off."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            "a LoRA adapter must be a folder with adapter_config.json and "
+            "adapter_model.safetensors",
+            where=str(folder),
+        )
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+
+
+def _resolve_layer_types(config: Any, spec: EngineSpec) -> tuple[str, ...]:
+    """Give the distinct attention types that matter below `max_length`, or refuse the model."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and spec.max_length > limit:
+        raise ModelError(
+            f"max_length must be at most the model's {limit} positions, got {spec.max_length}",
+            where=f"engine {spec.name}",
+        )
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original = rope.get("original_max_position_embeddings") or limit
+    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and spec.max_length > (original or 0):
+        raise ModelError(
+            f"with {rope['rope_type']} RoPE max_length must be at most {original}, "
+            f"got {spec.max_length}: log-probs would depend on the batch",
+            where=f"engine {spec.name}",
+        )
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if unknown := types - _LAYER_TYPES:
+        raise ModelError(
+            f"layers of type {', '.join(sorted(unknown))} keep no keys and values per token",
+            where=f"engine {spec.name}",
+            fix="use the vllm engine for this model",
+        )
+    if window is None or spec.max_length <= window:
+        return ("full_attention",)
+    return tuple(sorted(types))

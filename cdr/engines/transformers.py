@@ -1,0 +1,372 @@
+"""Scoring and sampling with Hugging Face transformers: the default engine and the reference.
+
+A call's prefixes and completions are merged into one prefix tree (`cdr.engines.prefix_tree`) and
+the decoder walks it depth first, a fixed number of rows per forward, whatever mixture of prompts
+and completions they are. A forward sees the keys and values of the path to its first row, and
+among its own rows each sees its ancestors (an explicit 4-D mask). So
+
+- every shared token (domain instruction, exemplar, prompt, common start of two completions) is
+  computed once, without padding and without a copy of the prefix per completion;
+- only the path is kept from one forward to the next, and from one call to the next: a call whose
+  groups begin like the last ones goes on from there;
+- the LM head runs on the rows that predict a completion token, in float32 unless the spec says
+  otherwise, over slices of the vocabulary.
+
+The dense mask makes attention cost path + rows per row, hence the cap on rows per forward. See
+docs/decisions/0002-prefix-tree.md for the measurements and for what else was tried.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from cdr.engines.base import EngineSpec, Sample, SamplingRequest, ScoringGroup, TokenLogprobs
+from cdr.engines.causal_lm import CausalLm, KeysValues
+from cdr.engines.devices import count_cores
+from cdr.engines.prefix_tree import Ints, PrefixTree, build_prefix_tree
+from cdr.errors import EngineError, ModelError
+
+# Rows per forward: enough to fill the matmuls, few enough that masked-out attention stays small.
+_MAX_ROWS = {"cpu": 512, "cuda": 2048}
+_MIN_ROWS = 16
+# Logits held at once while the head scores: 128 MiB in float32.
+_MAX_LOGITS = 2**25
+# Tokens of keys and values held while sampling, in multiples of `batch_tokens`.
+_SAMPLING_CACHE_FACTOR = 8
+# Mean |Δ| in nats per token that the check at load allows. Rounding stays far below; a mask, a
+# position or a logit scale that the architecture treats in its own way comes out far above.
+_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+@dataclass(frozen=True)
+class _Path:
+    """Token ids from the root to the last row read, shape [tokens], with keys and values."""
+
+    token_ids: Ints
+    layers: KeysValues
+
+
+_NO_PATH = _Path(np.empty(0, np.int64), [])
+
+
+class TransformersEngine:
+    """A causal language model in this process, on the first visible CUDA device or the CPU.
+
+    One caller at a time. The number of CPU threads is set for the whole process.
+
+    Args:
+        spec: what to load; `extra` must be empty.
+        num_threads: CPU threads; None takes all cores this process may use.
+
+    Raises:
+        ModelError: the model cannot be loaded as specified, or its architecture is one that this
+            engine would give wrong numbers for.
+    """
+
+    def __init__(self, spec: EngineSpec, num_threads: int | None = None) -> None:
+        torch.set_num_threads(num_threads or count_cores())
+        self.spec = spec
+        self.engine_version = f"transformers {transformers.__version__} / torch {torch.__version__}"
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._max_rows = min(spec.batch_tokens, _MAX_ROWS[self._device.type])
+        self._path = _NO_PATH
+        self._lm = CausalLm(spec, self._device)
+        self._check_architecture()
+
+    @torch.inference_mode()
+    def score(self, groups: Sequence[ScoringGroup]) -> list[list[TokenLogprobs]]:
+        """Give the log-prob of every completion token; see `LogprobEngine.score`.
+
+        A sequence whose numbers come out non-finite has no effect on the others.
+
+        Raises:
+            ModelError: a sequence is empty, longer than `max_length`, or has an id that is not in
+                the vocabulary.
+            EngineError: the device has no memory even for a few rows.
+        """
+        completions = [(group.prefix_ids, c) for group in groups for c in group.completions_ids]
+        for prefix_ids, completion_ids in completions:
+            self._check_length(len(prefix_ids), len(completion_ids))
+        tree = build_prefix_tree(groups, self._path.token_ids)
+        logprobs = self._score_tree(tree)
+        if not np.isfinite(logprobs).all():
+            # In attention, 0 · NaN is NaN: one bad row spoils its whole forward.
+            self._path = _NO_PATH
+            if len(completions) > 1:
+                alone = [self.score([ScoringGroup(p, (c,))])[0][0] for p, c in completions]
+                logprobs = np.concatenate(alone)
+        ends = np.cumsum([len(completion_ids) for _, completion_ids in completions])
+        parts = iter(np.split(logprobs, ends[:-1]))
+        return [[next(parts) for _ in group.completions_ids] for group in groups]
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[list[Sample]]:
+        """Sample completions; see `LogprobEngine.generate`.
+
+        Raises:
+            ModelError: as for `score`, `max_new_tokens` being the completion's length.
+            EngineError: as for `score`.
+        """
+        budget = self.spec.batch_tokens * _SAMPLING_CACHE_FACTOR
+        batches: list[list[_Job]] = []
+        longest = 0
+        for request in requests:
+            self._check_length(len(request.prefix_ids), request.max_new_tokens)
+            for seed in request.seeds:
+                length = len(request.prefix_ids) + request.max_new_tokens
+                longest = max(longest, length)
+                if not batches or (len(batches[-1]) + 1) * longest > budget:
+                    batches.append([])
+                    longest = length
+                batches[-1].append(_Job(request, seed))
+        for batch in batches:
+            self._sample_batch(batch)
+        samples = (job.to_sample() for batch in batches for job in batch)
+        return [[next(samples) for _ in request.seeds] for request in requests]
+
+    def close(self) -> None:
+        """Give the memory of weights and caches back."""
+        self._path = _NO_PATH
+        del self._lm
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _score_tree(self, tree: PrefixTree) -> TokenLogprobs:
+        """Give the log-prob of every target of a tree, in its order."""
+        by_row = np.argsort(tree.target_rows, kind="stable")
+        sorted_rows = tree.target_rows[by_row]
+        logprobs = np.empty(len(by_row), np.float32)
+        for begin, end, hidden in self._walk(tree):
+            first, last = np.searchsorted(sorted_rows, (begin, end))
+            targets = by_row[first:last]
+            if len(targets):
+                rows = tree.target_rows[targets] - begin
+                logprobs[targets] = self._score_targets(hidden, rows, tree.target_ids[targets])
+        return logprobs
+
+    def _walk(self, tree: PrefixTree) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Read the rows of a tree in order; leaves the path to its last row in `_path`.
+
+        Yields:
+            First row, one past the last row, and their hidden states, shape [rows, hidden].
+        """
+        self._check_ids(tree)
+        begin, num_rows = tree.num_known, len(tree)
+        path = np.arange(begin)
+        layers = [(keys[:, :, :begin], values[:, :, :begin]) for keys, values in self._path.layers]
+        self._path = _NO_PATH  # nothing to go on from if a forward fails
+        while begin < num_rows:
+            end = min(begin + self._max_rows, num_rows)
+            seen = np.concatenate([path, np.arange(begin, end)])
+            try:
+                hidden, layers_seen = self._read_rows(tree, begin, end, seen, layers)
+            except RuntimeError as error:
+                self._lower_max_rows(end - begin, error)
+                continue
+            yield begin, end, hidden
+            kept = tree.is_on_path(seen, to=min(end, num_rows - 1))
+            path, kept_tokens = seen[kept], self._to_device(np.flatnonzero(kept))
+            layers = [
+                (keys.index_select(2, kept_tokens), values.index_select(2, kept_tokens))
+                for keys, values in layers_seen
+            ]
+            begin = end
+        self._path = _Path(tree.token_ids[path], layers)
+
+    def _read_rows(
+        self, tree: PrefixTree, begin: int, end: int, seen: Ints, layers: KeysValues
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """Run the decoder on rows [begin, end) of a tree; `seen` ends with them."""
+        rows, keys = torch.arange(begin, end, device=self._device), self._to_device(seen)
+        visible = (keys <= rows[:, None]) & (rows[:, None] < self._to_device(tree.ends[seen]))
+        hidden, layers = self._lm.read(
+            token_ids=self._to_device(tree.token_ids[None, begin:end]),
+            positions=self._to_device(tree.depths[None, begin:end]),
+            key_positions=self._to_device(tree.depths[None, seen]),
+            visible=visible[None],
+            layers=layers,
+        )
+        return hidden[0], layers
+
+    def _lower_max_rows(self, num_rows: int, error: RuntimeError) -> None:
+        """Halve the rows per forward if memory ran out; raise where that cannot help."""
+        is_cpu_allocator = "DefaultCPUAllocator" in str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not is_cpu_allocator:
+            raise error
+        if num_rows <= _MIN_ROWS:
+            raise EngineError(
+                f"no memory even for {num_rows} tokens at a time",
+                where=f"engine {self.spec.name} on {self._device}",
+                fix="lower max_length, or place fewer models on the device",
+            ) from error
+        self._max_rows = num_rows // 2
+
+    def _score_targets(self, hidden: torch.Tensor, rows: Ints, target_ids: Ints) -> TokenLogprobs:
+        """Give log p(target) for the targets that rows of one forward predict.
+
+        Args:
+            hidden: shape [rows of the forward, hidden].
+            rows: predicting row of each target, shape [targets].
+            target_ids: shape [targets].
+        """
+        distinct_rows, state_of_target = np.unique(rows, return_inverse=True)
+        states = hidden[self._to_device(distinct_rows)]
+        state, target = self._to_device(state_of_target), self._to_device(target_ids)
+        log_normalizers = torch.full((len(states),), -torch.inf, device=self._device)
+        target_logits = torch.empty(len(target), device=self._device)
+        width = max(1, _MAX_LOGITS // len(states))
+        for first in range(0, self._lm.vocab_size, width):
+            logits = self._lm.compute_logits(states, first, first + width)
+            log_normalizers = torch.logaddexp(log_normalizers, logits.logsumexp(-1))
+            is_inside = (first <= target) & (target < first + width)
+            target_logits[is_inside] = logits[state[is_inside], target[is_inside] - first]
+        # Rounding may lift a probability a little above one.
+        logprobs = (target_logits - log_normalizers[state]).clamp_(max=0.0)
+        result: TokenLogprobs = logprobs.cpu().numpy()
+        return result
+
+    def _sample_batch(self, jobs: Sequence[_Job]) -> None:
+        """Sample one completion per job, all at once, into the jobs."""
+        states, layers, padding = self._prefill(jobs)
+        running = list(jobs)
+        while True:
+            logits = self._lm.compute_logits(states)
+            going_on = [slot for slot, job in enumerate(running) if job.extend(logits[slot])]
+            if not going_on:
+                return
+            if len(going_on) < len(running):
+                running = [running[slot] for slot in going_on]
+                kept = torch.tensor(going_on, device=self._device)
+                layers = [(keys[kept], values[kept]) for keys, values in layers]
+                padding = padding[kept]
+            num_keys = layers[0][0].shape[2] + 1
+            key_positions = torch.arange(num_keys, device=self._device) - padding
+            hidden, layers = self._lm.read(
+                token_ids=torch.tensor([job.token_ids[-1:] for job in running]).to(self._device),
+                positions=key_positions[:, -1:],
+                key_positions=key_positions,
+                visible=(key_positions >= 0)[:, None],
+                layers=layers,
+            )
+            states = hidden[:, -1]
+
+    def _prefill(self, jobs: Sequence[_Job]) -> tuple[torch.Tensor, KeysValues, torch.Tensor]:
+        """Read each prefix once and repeat it for its jobs, padded on the left to one width.
+
+        Returns:
+            Last hidden states, shape [jobs, hidden]; keys and values of `width` tokens; and the
+            padding of each job in tokens, shape [jobs, 1].
+        """
+        width = max(len(job.request.prefix_ids) for job in jobs)
+        states, parts, padding = [], [], []
+        for prefix_ids, jobs_of_prefix in groupby(jobs, key=lambda job: job.request.prefix_ids):
+            count, pad = len(list(jobs_of_prefix)), width - len(prefix_ids)
+            # Any target makes the walk read the last row of the prefix.
+            tree = build_prefix_tree([ScoringGroup(prefix_ids, ((0,),))], self._path.token_ids)
+            *_, (_, _, hidden) = self._walk(tree)
+            states.append(hidden[-1:].expand(count, -1))
+            parts.append([_repeat(layer, count, pad) for layer in self._path.layers])
+            padding += [[pad]] * count
+        layers = [
+            (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
+            for layer in zip(*parts, strict=True)
+        ]
+        return torch.cat(states), layers, torch.tensor(padding, device=self._device)
+
+    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    def _check_length(self, num_prefix_tokens: int, num_new_tokens: int) -> None:
+        """Refuse an empty prefix or completion, and what is longer than `max_length`."""
+        if num_prefix_tokens < 1 or num_new_tokens < 1:
+            raise ModelError("prefix and completion must have at least one token each, got none")
+        if num_prefix_tokens + num_new_tokens > self.spec.max_length:
+            raise ModelError(
+                f"prefix and completion must have at most {self.spec.max_length} tokens together, "
+                f"got {num_prefix_tokens} + {num_new_tokens}",
+                where=f"engine {self.spec.name}",
+                fix="raise max_length, or reject such rows before they reach the engine",
+            )
+
+    def _check_ids(self, tree: PrefixTree) -> None:
+        """Refuse token ids that the model has no embedding or no logit for."""
+        ids = np.concatenate([tree.token_ids, tree.target_ids])
+        outside = ids[(ids < 0) | (ids >= self._lm.vocab_size)]
+        if len(outside):
+            raise ModelError(
+                f"token id {outside[0]} is not in the model's vocabulary of {self._lm.vocab_size}",
+                where=f"engine {self.spec.name} ({self.spec.path})",
+                fix="use `template: plain` for a model without the template's special tokens",
+            )
+
+    @torch.inference_mode()
+    def _check_architecture(self) -> None:
+        """Compare with the model's own forward, and refuse what a walk would get wrong."""
+        ids = np.linspace(0, self._lm.vocab_size - 1, 12).astype(np.int64)
+        sequences = np.stack([ids, np.concatenate([ids[:4], ids[:3:-1]])])
+        own = self.score(
+            [ScoringGroup(tuple(ids[:4].tolist()), tuple(tuple(s[4:].tolist()) for s in sequences))]
+        )
+        self._path = _NO_PATH
+        plain = [self._lm.compute_plain_logprobs(self._to_device(s))[3:] for s in sequences]
+        difference = np.abs(np.stack(own[0]) - torch.stack(plain).float().cpu().numpy()).mean()
+        if not difference <= _CHECK_TOLERANCE[self.spec.dtype]:
+            raise ModelError(
+                f"this architecture's log-probs along a prefix tree differ from its own by "
+                f"{difference:.2g} nats per token",
+                where=f"engine {self.spec.name} ({self.spec.path})",
+                fix="use the vllm engine for this model",
+            )
+
+
+class _Job:
+    """One completion being sampled: a request, one of its seeds, and the tokens so far."""
+
+    def __init__(self, request: SamplingRequest, seed: int) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self._is_stopped = False
+        # Drawn ahead and by inversion, so that neither batch nor device enters.
+        self._draws = np.random.default_rng(seed).random(request.max_new_tokens)
+
+    def extend(self, logits: torch.Tensor) -> bool:
+        """Choose the next token from logits of shape [vocab]; tell whether to go on."""
+        token_id = self._choose(logits)
+        self._is_stopped = token_id in self.request.stop_ids
+        if not self._is_stopped:
+            self.token_ids.append(token_id)
+        return not self._is_stopped and len(self.token_ids) < self.request.max_new_tokens
+
+    def to_sample(self) -> Sample:
+        return Sample(tuple(self.token_ids), "stop" if self._is_stopped else "length")
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        if self.request.temperature == 0:
+            return int(logits.argmax())
+        probabilities, ids = (logits / self.request.temperature).softmax(-1).sort(
+            descending=True, stable=True
+        )
+        mass = probabilities.double().cumsum(-1)
+        # The nucleus is the shortest run of likeliest tokens that holds top_p.
+        size = 1 + int((mass < self.request.top_p).sum())
+        nucleus = mass[:size]
+        draw = nucleus[-1] * self._draws[len(self.token_ids)]
+        return int(ids[torch.searchsorted(nucleus, draw, right=True)])
+
+
+def _repeat(
+    layer: tuple[torch.Tensor, torch.Tensor], count: int, pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Repeat keys and values of one sequence `count` times, with `pad` tokens of zeros before."""
+    keys, values = (torch.nn.functional.pad(part, (0, 0, pad, 0)) for part in layer)
+    return keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)

@@ -1,0 +1,238 @@
+"""From a config to everything the stages need: models found, texts read, keys computed.
+
+Runs on the driver before Spark does any work, so that what is wrong with models, templates,
+vocabularies or the prompt pack is known within seconds. Loads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdr.chat import ChatEncoder, check_vocabulary, load_chat_template
+from cdr.config import AnnotateConfig, Condition, RewardSpec, content_hash
+from cdr.encoding import EncodingPlan, TokenizerSpec
+from cdr.engines.base import EngineSpec
+from cdr.errors import ConfigError
+from cdr.models import ResolvedModel, resolve_models
+from cdr.prompt_pack import PromptPack, load_prompt_pack
+from cdr.reward import reward_key
+from cdr.router import router_key
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """What the workers need to route prompts.
+
+    Args:
+        pack: the classification task's texts.
+        domains: what may be chosen, in the order listed to the model.
+        engine: the router model.
+        tokenizer: its tokenizer.
+        threshold: least confidence to follow the router.
+        fallback: the domain otherwise.
+        calibrate: subtract the labels' priors.
+        key: hash of all that decides a route besides the prompt.
+    """
+
+    pack: PromptPack
+    domains: tuple[str, ...]
+    engine: EngineSpec
+    tokenizer: TokenizerSpec
+    threshold: float
+    fallback: str
+    calibrate: bool
+    key: str
+
+
+@dataclass(frozen=True)
+class AnnotationPlan:
+    """A checked annotate run.
+
+    Args:
+        config: the resolved config.
+        dataset: name in all tables; a limited run has a name of its own.
+        limit: prompts at most; None for all.
+        models: models by role.
+        pack: the prompt pack; None where prompts are left as they are.
+        encoding: what decides the token ids.
+        engines: the scoring models, each once, in the order of the terms.
+        route: the router; None unless the mode is `adaptive`.
+        reward_key: hash of all that decides the reward's numbers.
+    """
+
+    config: AnnotateConfig
+    dataset: str
+    limit: int | None
+    models: Mapping[str, ResolvedModel]
+    pack: PromptPack | None
+    encoding: EncodingPlan
+    engines: tuple[EngineSpec, ...]
+    route: RoutePlan | None
+    reward_key: str
+
+    @property
+    def selection_key(self) -> str:
+        """Hash of the rule that chooses pairs."""
+        return self.config.pairs.key()
+
+    def config_hash(self) -> str:
+        """Hash of the resolved config."""
+        return content_hash(self.config.model_dump(mode="json"))
+
+    def term_views(self) -> dict[str, tuple[str, Condition]]:
+        """Give each term's (model key, condition) by its name `model/condition`."""
+        return {
+            f"{term.model}/{term.condition}": (
+                self.models[term.model].model_key, term.condition
+            )
+            for term in self.config.reward.resolved_terms()
+        }  # fmt: skip
+
+
+def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> AnnotationPlan:
+    """Resolve and check all that a config names.
+
+    Args:
+        config: the config.
+        limit: prompts at most; the results then go to the dataset `NAME.limit-N`, so that a
+            trial never replaces the rows of the whole.
+
+    Raises:
+        ConfigError: a model, template, pack or domain is missing or does not fit.
+    """
+    reward = config.reward
+    models = resolve_models(reward)
+    pack = load_prompt_pack(reward.prompt_pack) if reward.prompt_pack else None
+    if reward.routing.mode == "none":
+        pack = None
+    _check_domains(reward, pack)
+    scoring = {models[term.model].model_key: models[term.model] for term in reward.resolved_terms()}
+    templates = {key: _template(reward, models, model) for key, model in scoring.items()}
+    tokenizers = tuple(_tokenizer(model, templates[key]) for key, model in scoring.items())
+    for spec, model in zip(tokenizers, scoring.values(), strict=True):
+        _check_vocabulary(spec, model)
+    views = dict.fromkeys(
+        (models[term.model].model_key, term.condition) for term in reward.resolved_terms()
+    )
+    encoding = EncodingPlan(
+        tokenizers=tokenizers,
+        views=tuple(views),
+        pack=pack,
+        seed=reward.seed,
+        special_tokens_in_text=reward.encoding.special_tokens_in_text,
+        score_end_of_turn=reward.encoding.score_end_of_turn,
+        drop_exemplar_when_too_long=reward.encoding.drop_exemplar_when_too_long,
+    )
+    return AnnotationPlan(
+        config=config,
+        dataset=config.dataset if limit is None else f"{config.dataset}.limit-{limit}",
+        limit=limit,
+        models=models,
+        pack=pack,
+        encoding=encoding,
+        engines=tuple(model.engine_spec for model in scoring.values()),
+        route=_route_plan(reward, models, pack),
+        reward_key=reward_key(
+            reward,
+            {role: model.model_key for role, model in models.items()},
+            pack.key if pack else None,
+            {key: content_hash(template) for key, template in templates.items()},
+        ),
+    )
+
+
+def _check_domains(reward: RewardSpec, pack: PromptPack | None) -> None:
+    if pack is None:
+        return
+    named = [
+        ("routing.domain", reward.routing.domain),
+        ("routing.fallback", reward.routing.fallback),
+    ]
+    named += [("routing.domains", domain) for domain in reward.routing.domains or ()]
+    problems = [
+        f"{key}: must be a domain of the prompt pack ({', '.join(pack.domains)}), got {domain!r}"
+        for key, domain in named
+        if domain is not None and domain not in pack.domains
+    ]
+    if problems:
+        raise ConfigError(problems, where=f"reward '{reward.name}'")
+
+
+def _template(reward: RewardSpec, models: Mapping[str, ResolvedModel], model: ResolvedModel) -> str:
+    choice = reward.encoding.template
+    if choice == "plain":
+        return choice
+    if choice in ("strong", "own"):
+        source = models["strong"] if choice == "strong" else model
+        text = load_chat_template(source.spec.path, source.spec.revision)
+        if text is None:
+            raise ConfigError(
+                [
+                    f"encoding.template: '{choice}' needs the chat template of model "
+                    f"'{source.role}', which has none"
+                ],
+                where=f"reward '{reward.name}'",
+                fix="set encoding.template to 'plain', or to a Jinja file",
+            )
+        return text
+    try:
+        return Path(choice).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            [
+                "encoding.template: expected 'strong', 'own', 'plain' or a Jinja file, "
+                f"got '{choice}' ({error.strerror})"
+            ],
+            where=f"reward '{reward.name}'",
+        ) from None
+
+
+def _tokenizer(model: ResolvedModel, template: str) -> TokenizerSpec:
+    return TokenizerSpec(
+        model_key=model.model_key,
+        path=model.spec.path,
+        revision=model.spec.revision,
+        template=template,
+        max_length=model.spec.max_length,
+        vocab_size=model.vocab_size,
+    )
+
+
+def _check_vocabulary(spec: TokenizerSpec, model: ResolvedModel) -> None:
+    encoder = ChatEncoder.load(spec.path, spec.revision, template=spec.template)
+    check_vocabulary(encoder, spec.vocab_size, who=f"models.{model.role}")
+
+
+def _route_plan(
+    reward: RewardSpec, models: Mapping[str, ResolvedModel], pack: PromptPack | None
+) -> RoutePlan | None:
+    routing = reward.routing
+    if routing.mode != "adaptive":
+        return None
+    assert pack is not None
+    model = models[routing.model]
+    has_template = load_chat_template(model.spec.path, model.spec.revision) is not None
+    tokenizer = _tokenizer(model, "own" if has_template else "plain")
+    _check_vocabulary(tokenizer, model)
+    domains = routing.domains or pack.router_domains
+    key = router_key(
+        pack,
+        model.model_key,
+        domains,
+        encoding_key=content_hash(tokenizer.template),
+        threshold=routing.threshold,
+        fallback=routing.fallback,
+        calibrate=routing.calibrate,
+    )
+    return RoutePlan(
+        pack=pack,
+        domains=tuple(domains),
+        engine=model.engine_spec,
+        tokenizer=tokenizer,
+        threshold=routing.threshold,
+        fallback=routing.fallback,
+        calibrate=routing.calibrate,
+        key=key,
+    )

@@ -1,0 +1,163 @@
+"""A job's run: its row in `runs`, and the signals that end it in good order.
+
+The row is written when the run starts and again after every wave, so `runs` says how far a run
+came even when it was killed; such a run keeps the outcome `running` without an end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any, Self
+
+from pyspark.sql import SparkSession
+
+from cdr.tables import RUNS, Warehouse
+
+_GRACE_S = 20.0
+
+
+def new_run_id() -> str:
+    """Make a run id that sorts by start time: `20260131T120000-1a2b3c`."""
+    return f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One row of `runs`; field meanings are the columns' comments in `cdr.tables`."""
+
+    run_id: str
+    job: str
+    dataset: str
+    reward_name: str | None
+    reward_key: str | None
+    config_hash: str
+    config: str
+    input_versions: Mapping[str, int]
+    mlflow_run_id: str | None = None
+    outcome: str = "running"
+    error: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    waves_done: int = 0
+    waves_total: int = 0
+    started_at: dt.datetime = field(default_factory=lambda: dt.datetime.now(dt.UTC))
+    ended_at: dt.datetime | None = None
+
+
+class RunLog:
+    """Writes a run's row, and again whenever it changes."""
+
+    def __init__(self, warehouse: Warehouse, record: RunRecord) -> None:
+        self._warehouse = warehouse
+        self.record = record
+        self._write()
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the record and write it."""
+        self.record = replace(self.record, **changes)
+        self._write()
+
+    def end(self, outcome: str, *, error: str | None = None, **changes: Any) -> None:
+        """Write the outcome and the time."""
+        self.update(outcome=outcome, error=error, ended_at=dt.datetime.now(dt.UTC), **changes)
+
+    def _write(self) -> None:
+        values = {name: getattr(self.record, name) for name in RUNS.names()}
+        values["counts"] = dict(values["counts"])
+        values["input_versions"] = dict(values["input_versions"])
+        row = [tuple(values[name] for name in RUNS.names())]
+        frame = self._warehouse.spark.createDataFrame(row, RUNS.schema())
+        self._warehouse.replace(RUNS, frame, run_id=self.record.run_id)
+
+
+class StopSignal:
+    """Tells a run to end in good order: SIGTERM, SIGINT, or its time is up.
+
+    Work between two waves looks at `requested`. A wave in flight gets a grace period and is then
+    given up (its jobs are cancelled); what was committed stays. Under spark-submit the JVM is the
+    process that gets the signal and would take the session down at once, so its handler is
+    replaced too.
+
+    Args:
+        spark: the session whose jobs are cancelled.
+        max_hours: age at which to stop; None for never. The wave in flight is then finished.
+        grace_s: seconds between a signal and the cancelling of the wave in flight.
+    """
+
+    def __init__(
+        self, spark: SparkSession, max_hours: float | None, grace_s: float = _GRACE_S
+    ) -> None:
+        self._spark = spark
+        self._deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
+        self._grace_s = grace_s
+        self._signalled: str | None = None
+        self._timer: threading.Timer | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._on_signal)
+        self._take_over_jvm()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer:
+            self._timer.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> str | None:
+        """Why to stop; None to go on."""
+        if self._signalled:
+            return self._signalled
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "--max-hours is over"
+        return None
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether a signal came, so that an error of Spark's now is the cancelled wave's."""
+        return self._signalled is not None
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self._stop(signal.Signals(number).name)
+
+    def _stop(self, name: str) -> None:
+        if self._signalled:  # a second signal does not wait
+            self._cancel()
+            return
+        self._signalled = name
+        self._timer = threading.Timer(self._grace_s, self._cancel)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _cancel(self) -> None:
+        with contextlib.suppress(Exception):  # the JVM may be gone; there is nothing to cancel then
+            self._spark.sparkContext.cancelAllJobs()
+
+    def _take_over_jvm(self) -> None:
+        stop = self._stop
+
+        class Handler:
+            def handle(self, received: Any) -> None:
+                stop(f"SIG{received.getName()}")
+
+            class Java:
+                implements = ("sun.misc.SignalHandler",)
+
+        from pyspark.java_gateway import ensure_callback_server_started
+
+        gateway = self._spark.sparkContext._gateway
+        assert gateway is not None
+        ensure_callback_server_started(gateway)
+        jvm_signal = gateway.jvm.sun.misc.Signal
+        for name in ("TERM", "INT"):
+            jvm_signal.handle(jvm_signal(name), Handler())

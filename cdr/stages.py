@@ -1,0 +1,355 @@
+"""The stages of an annotate run: DataFrame in, DataFrame or committed table out.
+
+    candidates -> route -> encode -> score (`cdr.scoring`) -> reward -> pair
+
+Every stage that uses a model commits what it made and nothing downstream computes it again. What
+one run hands from stage to stage lies in its staging folder (`cdr.staging`), Parquet, gone when the
+run ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+
+from cdr.errors import FailReason
+from cdr.pairs import select_pairs
+from cdr.plan import AnnotationPlan, RoutePlan
+from cdr.reward import logprob_column, reward_column, strong_term, weak_term
+from cdr.staging import Staging
+from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, Warehouse
+
+MapFunction = Callable[[Iterator[Any]], Iterator[Any]]
+
+
+def group_prompts(candidates: DataFrame) -> DataFrame:
+    """Gather the candidates that can be scored, one row per prompt.
+
+    Reads: the columns of `cdr.inputs.read_candidates`.
+
+    Returns:
+        prompt_id, prompt_hash, prompt, given_domain, candidates (array of completion_id,
+        completion, finish_reason, ordered by completion_id).
+    """
+    candidate = F.struct("completion_id", "completion", "finish_reason")
+    return (
+        candidates.where("reason IS NULL")
+        .groupBy("prompt_id")
+        .agg(
+            F.first("prompt_hash").alias("prompt_hash"),
+            F.first("prompt").alias("prompt"),
+            F.first("given_domain").alias("given_domain"),
+            F.array_sort(F.collect_list(candidate)).alias("candidates"),
+        )
+    )
+
+
+def limit_prompts(candidates: DataFrame, limit: int | None) -> DataFrame:
+    """Keep the rows of the `limit` prompts whose hashes come first; the same ones every time."""
+    if limit is None:
+        return candidates
+    hashes = candidates.where("prompt_hash IS NOT NULL").select("prompt_hash").distinct()
+    return candidates.join(
+        hashes.orderBy("prompt_hash").limit(limit), on="prompt_hash", how="left_semi"
+    )
+
+
+def route(
+    prompts: DataFrame,
+    plan: AnnotationPlan,
+    warehouse: Warehouse,
+    staging: Staging,
+    run_id: str,
+    make_route: Callable[[RoutePlan], MapFunction],
+    num_tasks: int,
+) -> DataFrame:
+    """Give each prompt its domain; prompts the router knows already are not asked about again.
+
+    Reads: prompt_hash, prompt, given_domain.
+
+    Returns:
+        The prompts with domain, domain_source, domain_confidence and route_error (null: routed).
+    """
+    routing = plan.config.reward.routing
+    no_confidence = F.lit(None).cast("double").alias("domain_confidence")
+    no_error = F.lit(None).cast("string").alias("route_error")
+    if plan.route is None:
+        domain = {
+            "column": F.col("given_domain"),
+            "fixed": F.lit(routing.domain),
+            "none": F.lit(None),
+        }[routing.mode]
+        source = F.lit(routing.mode).alias("domain_source")
+        return prompts.select(
+            "*", domain.cast("string").alias("domain"), source, no_confidence, no_error
+        )
+    known = known_routes(plan.route, warehouse)
+    unknown = prompts.select("prompt_hash", "prompt").join(
+        known, on="prompt_hash", how="left_anti"
+    ).groupBy("prompt_hash").agg(F.first("prompt").alias("prompt"))  # fmt: skip
+    answers = staging.write(
+        "routes",
+        unknown.repartition(num_tasks, "prompt_hash").mapInPandas(
+            make_route(plan.route),
+            "prompt_hash string, domain string, confidence double, "
+            "label_logprobs map<string, double>, domain_source string, error string",
+        ),
+    )
+    routed = answers.where("error IS NULL")
+    if not routed.isEmpty():
+        warehouse.append(
+            ROUTES,
+            routed.select(
+                "*", F.lit(plan.route.key).alias("router_key"), F.lit(run_id).alias("run_id")
+            ),
+        )
+    errors = answers.where("error IS NOT NULL").select(
+        "prompt_hash", F.col("error").alias("route_error")
+    )
+    return (
+        prompts.join(known_routes(plan.route, warehouse), on="prompt_hash", how="left")
+        .join(errors, on="prompt_hash", how="left")
+    )  # fmt: skip
+
+
+def known_routes(plan: RoutePlan, warehouse: Warehouse) -> DataFrame:
+    """Read this router's decisions: prompt_hash, domain, domain_source, domain_confidence."""
+    return (
+        warehouse.read_one_per_key(ROUTES)
+        .where(F.col("router_key") == plan.key)
+        .select(
+            "prompt_hash",
+            "domain",
+            "domain_source",
+            F.col("confidence").alias("domain_confidence"),
+        )
+    )
+
+
+def encode(prompts: DataFrame, function: MapFunction, schema: str, num_tasks: int) -> DataFrame:
+    """Turn routed prompts into token ids, one row per prompt.
+
+    Reads: prompt_id, prompt_hash, prompt, domain, candidates, route_error.
+
+    Args:
+        prompts: routed prompts; those without a route are left out.
+        function: `udfs.encode.make_encode(plan.encoding)`.
+        schema: `udfs.encode.ENCODED_DDL`.
+        num_tasks: Spark tasks.
+    """
+    ready = prompts.where("route_error IS NULL")
+    needed = ready.select("prompt_id", "prompt_hash", "prompt", "domain", "candidates")
+    return needed.repartition(num_tasks, "prompt_hash").mapInArrow(function, schema)
+
+
+def reward(
+    candidates: DataFrame,
+    routed: DataFrame,
+    encoded: DataFrame,
+    failures: DataFrame | None,
+    plan: AnnotationPlan,
+    warehouse: Warehouse,
+    run_id: str,
+) -> DataFrame:
+    """Weigh the terms into a reward per candidate and replace this reward's rows.
+
+    Every candidate that was not rejected comes back, `ok` or `failed`.
+
+    Args:
+        candidates: from `cdr.inputs.read_candidates`.
+        routed: from `route`.
+        encoded: from `encode`.
+        failures: SCORED_DDL rows of this run with an error; None when nothing was scored.
+        plan: the plan.
+        warehouse: where the tables are.
+        run_id: stored with the rows.
+
+    Returns:
+        A read of the rows written.
+    """
+    terms = plan.config.reward.resolved_terms()
+    rows = candidates.where("reason IS NULL").join(
+        routed.select(
+            "prompt_id", "domain", "domain_source", "domain_confidence", "route_error"
+        ),
+        on="prompt_id",
+        how="left",
+    )  # fmt: skip
+    drawn = encoded.select("prompt_id", "instruction_id", "exemplar_id", "exemplar_dropped")
+    refused = encoded.select("prompt_id", F.explode("rejected").alias("r")).select(
+        "prompt_id", "r.completion_id"
+    )
+    keyed = ["prompt_id", "completion_id"]
+    rows = (
+        rows.join(drawn, on="prompt_id", how="left")
+        .join(refused, on=keyed, how="left_anti")
+        .join(_answers(encoded, failures, plan, warehouse), on=keyed, how="left")
+    )
+    named = {
+        name: F.element_at("answers", f"{model_key}/{condition}")
+        for name, (model_key, condition) in plan.term_views().items()
+    }
+    first = next(iter(named))
+    # A failed candidate has no terms rather than half of them.
+    whole = F.lit(True)
+    for answer in named.values():
+        whole = whole & answer["logprob_sum"].isNotNull()
+    fields = ("model_key", "prefix_hash", "completion_hash", "logprob_sum", "num_tokens")
+    entries = [
+        item
+        for name, answer in named.items()
+        for item in (F.lit(name), F.struct(*[answer[field].alias(field) for field in fields]))
+    ]
+    rows = rows.withColumn("terms", F.when(whole, F.create_map(*entries)))
+    rows = rows.withColumn("reward", reward_column(terms, plan.config.reward.reduction))
+    error = F.coalesce(
+        "route_error",
+        *[answer["error"] for answer in named.values()],
+        F.lit(FailReason.NOT_SCORED.value),
+    )
+    ranked = Window.partitionBy("prompt_id").orderBy(F.desc_nulls_last("reward"))
+    ok = F.col("reward").isNotNull()
+    final = rows.select(
+        F.lit(plan.dataset).alias("dataset"),
+        F.lit(plan.reward_key).alias("reward_key"),
+        "prompt_id", "completion_id",
+        F.lit(plan.config.reward.name).alias("reward_name"),
+        "prompt_hash", "prompt", "completion", "finish_reason",
+        "domain", "domain_source", "domain_confidence",
+        "instruction_id", "exemplar_id", "exemplar_dropped",
+        "reward",
+        logprob_column(strong_term(terms)).alias("strong_logprob"),
+        logprob_column(weak_term(terms)).alias("weak_logprob"),
+        F.element_at("terms", first)["num_tokens"].alias("num_tokens"),
+        F.when(ok, F.rank().over(ranked)).alias("rank"),
+        F.col("boundary_merged"),
+        "terms", "passthrough",
+        F.when(ok, "ok").otherwise("failed").alias("status"),
+        F.when(~ok, error).alias("error"),
+        F.lit(run_id).alias("run_id"),
+    )  # fmt: skip
+    warehouse.replace(REWARDS, final, dataset=plan.dataset, reward_key=plan.reward_key)
+    return read_rewards(plan, warehouse)
+
+
+def read_rewards(plan: AnnotationPlan, warehouse: Warehouse) -> DataFrame:
+    """Read this dataset's rows of this reward."""
+    return warehouse.read(REWARDS).where(
+        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward_key)
+    )
+
+
+def _answers(
+    encoded: DataFrame, failures: DataFrame | None, plan: AnnotationPlan, warehouse: Warehouse
+) -> DataFrame:
+    """Join every encoded candidate with its log-probs, as a map by `model_key/condition`."""
+    views = encoded.select("prompt_id", F.explode("views").alias("v")).select(
+        "prompt_id",
+        F.col("v.model_key").alias("model_key"),
+        F.col("v.condition").alias("condition"),
+        F.col("v.prefix_hash").alias("prefix_hash"),
+        F.explode("v.candidates").alias("c"),
+    )
+    asked = views.select(
+        "prompt_id", "model_key", "condition", "prefix_hash",
+        "c.completion_id", "c.completion_hash", "c.boundary_merged",
+    )  # fmt: skip
+    key = list(LOGPROBS.key)
+    keys = [engine.name for engine in plan.engines]
+    logprobs = (
+        warehouse.read(LOGPROBS)
+        .where(F.col("model_key").isin(keys))
+        .groupBy(*key)
+        # Two runs at once may both have written a key; any one of the rows is right.
+        .agg(
+            F.min_by("logprob_sum", "run_id").alias("logprob_sum"),
+            F.min_by("num_tokens", "run_id").alias("num_tokens"),
+        )
+    )
+    joined = asked.join(logprobs, on=key, how="left")
+    if failures is None:
+        joined = joined.withColumn("error", F.lit(None).cast("string"))
+    else:
+        joined = joined.join(failures.select(*key, "error"), on=key, how="left")
+    answer = F.struct(
+        "model_key", "prefix_hash", "completion_hash", "logprob_sum", "num_tokens", "error"
+    )
+    return joined.groupBy("prompt_id", "completion_id").agg(
+        F.map_from_entries(
+            F.collect_list(F.struct(F.concat_ws("/", "model_key", "condition"), answer))
+        ).alias("answers"),
+        F.max("boundary_merged").alias("boundary_merged"),
+    )
+
+
+def reject(
+    candidates: DataFrame,
+    encoded: DataFrame,
+    plan: AnnotationPlan,
+    warehouse: Warehouse,
+    run_id: str,
+) -> DataFrame:
+    """Write every refused row with its reason, replacing this dataset's earlier rejects."""
+    validated = candidates.where("reason IS NOT NULL").withColumn("stage", F.lit("validate"))
+    refused = encoded.select("prompt_id", F.explode("rejected").alias("r")).select(
+        "prompt_id", "r.completion_id", F.col("r.reason").alias("reason"), "r.detail"
+    )
+    at_encoding = (
+        candidates.where("reason IS NULL")
+        .drop("reason", "detail")
+        .join(refused, on=["prompt_id", "completion_id"], how="inner")
+        .withColumn("stage", F.lit("encode"))
+    )
+    rows = (
+        validated.unionByName(at_encoding)
+        .withColumn("dataset", F.lit(plan.dataset))
+        .withColumn("run_id", F.lit(run_id))
+    )
+    warehouse.replace(REJECTS, rows, dataset=plan.dataset)
+    return warehouse.read(REJECTS).where(F.col("dataset") == plan.dataset)
+
+
+def pair(
+    rewards: DataFrame,
+    plan: AnnotationPlan,
+    warehouse: Warehouse,
+    staging: Staging,
+    run_id: str,
+    mlflow_run_id: str | None,
+) -> tuple[DataFrame, DataFrame]:
+    """Choose a pair per prompt and replace this selection's rows of `preferences`.
+
+    Returns:
+        The pairs written, and for every prompt without one its `no_pair_reason`.
+    """
+    chosen = staging.write("pairs", select_pairs(rewards.where("status = 'ok'"), plan.config.pairs))
+    pairs = (
+        chosen.where("no_pair_reason IS NULL")
+        .withColumn("dataset", F.lit(plan.dataset))
+        .withColumn("reward_key", F.lit(plan.reward_key))
+        .withColumn("selection_key", F.lit(plan.selection_key))
+        .withColumn("reward_name", F.lit(plan.config.reward.name))
+        .withColumn("mlflow_run_id", F.lit(mlflow_run_id))
+        .withColumn("run_id", F.lit(run_id))
+    )
+    warehouse.replace(
+        PREFERENCES,
+        pairs,
+        dataset=plan.dataset,
+        reward_key=plan.reward_key,
+        selection_key=plan.selection_key,
+    )
+    without = chosen.where("no_pair_reason IS NOT NULL")
+    return read_preferences(plan, warehouse), without
+
+
+def read_preferences(plan: AnnotationPlan, warehouse: Warehouse) -> DataFrame:
+    """Read this dataset's pairs of this reward and selection."""
+    return warehouse.read(PREFERENCES).where(
+        (F.col("dataset") == plan.dataset)
+        & (F.col("reward_key") == plan.reward_key)
+        & (F.col("selection_key") == plan.selection_key)
+    )

@@ -1,0 +1,132 @@
+"""Encode prompts into token ids on the workers: one row per prompt in, one row per prompt out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+
+from cdr.encoding import Candidate, EncodedPrompt, EncodingPlan, PromptEncoder, ids_hash
+
+ENCODED_DDL = (
+    "prompt_id string, prompt_hash string, instruction_id string, exemplar_id string, "
+    "exemplar_dropped boolean, "
+    "views array<struct<model_key: string, condition: string, prefix_hash: binary, "
+    "prefix_ids: array<int>, candidates: array<struct<completion_id: string, "
+    "completion_hash: binary, ids: array<int>, boundary_merged: boolean>>>>, "
+    "rejected array<struct<completion_id: string, reason: string, detail: string>>"
+)
+"""Schema of what `make_encode` yields."""
+
+_CANDIDATE = pa.struct(
+    [
+        ("completion_id", pa.string()),
+        ("completion_hash", pa.binary()),
+        ("ids", pa.list_(pa.int32())),
+        ("boundary_merged", pa.bool_()),
+    ]
+)
+_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_hash", pa.string()),
+        ("instruction_id", pa.string()),
+        ("exemplar_id", pa.string()),
+        ("exemplar_dropped", pa.bool_()),
+        (
+            "views",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("model_key", pa.string()),
+                        ("condition", pa.string()),
+                        ("prefix_hash", pa.binary()),
+                        ("prefix_ids", pa.list_(pa.int32())),
+                        ("candidates", pa.list_(_CANDIDATE)),
+                    ]
+                )
+            ),
+        ),
+        (
+            "rejected",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("completion_id", pa.string()),
+                        ("reason", pa.string()),
+                        ("detail", pa.string()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
+def make_encode(
+    plan: EncodingPlan,
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Make the function for `DataFrame.mapInArrow`.
+
+    Args:
+        plan: what decides the token ids.
+
+    Returns:
+        A function over batches with columns prompt_id, prompt_hash, prompt (messages), domain
+        and candidates (array of completion_id, completion, finish_reason); it yields
+        `ENCODED_DDL` rows in the same order.
+    """
+
+    def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        encoder: PromptEncoder | None = None
+        for batch in batches:
+            # Loaded with the first batch: an empty partition loads no tokenizer.
+            encoder = encoder or PromptEncoder(plan)
+            rows = [
+                _row(
+                    row["prompt_id"],
+                    row["prompt_hash"],
+                    encoder.encode(
+                        row["prompt"],
+                        row["prompt_hash"],
+                        row["domain"],
+                        [Candidate(**candidate) for candidate in row["candidates"]],
+                    ),
+                )
+                for row in batch.to_pylist()
+            ]
+            yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+
+    return encode
+
+
+def _row(prompt_id: str, prompt_hash: str, encoded: EncodedPrompt) -> dict[str, object]:
+    return {
+        "prompt_id": prompt_id,
+        "prompt_hash": prompt_hash,
+        "instruction_id": encoded.instruction_id,
+        "exemplar_id": encoded.exemplar_id,
+        "exemplar_dropped": encoded.exemplar_dropped,
+        "views": [
+            {
+                "model_key": view.model_key,
+                "condition": view.condition,
+                "prefix_hash": ids_hash(view.prefix_ids),
+                "prefix_ids": view.prefix_ids,
+                "candidates": [
+                    {
+                        "completion_id": candidate.completion_id,
+                        "completion_hash": ids_hash(candidate.ids),
+                        "ids": candidate.ids,
+                        "boundary_merged": candidate.boundary_merged,
+                    }
+                    for candidate in view.candidates
+                ],
+            }
+            for view in encoded.views
+        ],
+        "rejected": [
+            {"completion_id": identifier, "reason": reason.value, "detail": detail}
+            for identifier, reason, detail in encoded.rejected
+        ],
+    }

@@ -1,0 +1,113 @@
+"""Score completions on the workers: ask this task's engine host, give a row per completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cdr.config import RunSpec
+from cdr.engines.base import EngineSpec, ScoringGroup, TokenLogprobs
+from cdr.engines.wire import Outcome
+from udfs.engines import task_engines
+
+
+def make_score(
+    specs: tuple[EngineSpec, ...], run: RunSpec
+) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
+    """Make the function for `DataFrame.mapInPandas`.
+
+    Args:
+        specs: the models of the wave; rows name them by `model_key`.
+        run: `request_tokens` bounds a request; `store_token_logprobs` keeps every token's value.
+
+    Returns:
+        A function over frames with model_key, prefix_hash, prefix_ids, completion_hashes and
+        completions_ids, sorted by model and prefix; it yields `cdr.scoring.SCORED_DDL` rows, one
+        per completion, failed ones with their error.
+    """
+
+    def score(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        first = next(frames, None)
+        if first is None:
+            return  # an empty partition loads no model
+        with task_engines(specs) as (client, versions):
+            for frame in _with_first(first, frames):
+                for request in _requests(frame, run.request_tokens):
+                    model_key = request[0].model_key
+                    answers = client.score(model_key, [question.group for question in request])
+                    yield pd.DataFrame(
+                        [
+                            row
+                            for question, outcomes in zip(request, answers, strict=True)
+                            for row in _rows(question, outcomes, versions[model_key], run)
+                        ]
+                    )
+
+    return score
+
+
+def _with_first(first: pd.DataFrame, rest: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    yield first
+    yield from rest
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One input row: a model, a prefix and its completions."""
+
+    model_key: str
+    prefix_hash: bytes
+    completion_hashes: Sequence[bytes]
+    group: ScoringGroup
+
+
+def _requests(frame: pd.DataFrame, request_tokens: int) -> Iterator[list[_Question]]:
+    """Cut rows, in their order, into requests of one model and about `request_tokens` tokens."""
+    request: list[_Question] = []
+    tokens = 0
+    for row in frame.to_dict("records"):
+        group = ScoringGroup(
+            tuple(row["prefix_ids"].tolist()),
+            tuple(tuple(ids.tolist()) for ids in row["completions_ids"]),
+        )
+        size = len(group.prefix_ids) + sum(len(ids) for ids in group.completions_ids)
+        is_full = tokens + size > request_tokens
+        if request and (is_full or request[0].model_key != row["model_key"]):
+            yield request
+            request, tokens = [], 0
+        hashes = row["completion_hashes"]
+        request.append(_Question(row["model_key"], row["prefix_hash"], hashes, group))
+        tokens += size
+    if request:
+        yield request
+
+
+def _rows(
+    question: _Question, outcomes: Sequence[Outcome[TokenLogprobs]], version: str, run: RunSpec
+) -> Iterator[dict[str, Any]]:
+    for completion_hash, ids, outcome in zip(
+        question.completion_hashes, question.group.completions_ids, outcomes, strict=True
+    ):
+        logprobs = outcome.value
+        yield {
+            "model_key": question.model_key,
+            "prefix_hash": question.prefix_hash,
+            "completion_hash": completion_hash,
+            "logprob_sum": None if logprobs is None else float(logprobs.sum(dtype=np.float64)),
+            "num_tokens": len(ids),
+            "num_prefix_tokens": len(question.group.prefix_ids),
+            "token_logprobs": logprobs if run.store_token_logprobs else None,
+            "engine_version": version,
+            "error": _error(outcome),
+        }
+
+
+def _error(outcome: Outcome[TokenLogprobs]) -> str | None:
+    if outcome.error is None:
+        return None
+    reason = outcome.error.value
+    return reason if outcome.detail is None else f"{reason}: {outcome.detail}"

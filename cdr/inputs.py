@@ -55,6 +55,7 @@ def input_version(spark: SparkSession, source: InputSpec) -> int | None:
         return source.version
     from delta.tables import DeltaTable
 
+    _read(spark, source, source.path, source.table)  # says what is wrong with it
     if source.path:
         table = DeltaTable.forPath(spark, source.path)
     else:

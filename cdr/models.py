@@ -19,6 +19,7 @@ from cdr.engines.devices import resolve_dtype
 from cdr.errors import ConfigError
 
 _WEIGHT_FILES = ("*.safetensors", "config.json")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 _STUB_VOCABULARY = 1 << 20
 
@@ -46,9 +47,9 @@ class ResolvedModel:
         """Hash of all that decides this model's log-probs; 16 hex digits."""
         return self.engine_spec.name
 
-    def weight_bytes(self) -> int:
-        """Size of the weights on disk, 0 where they are not here."""
-        return sum(file.stat().st_size for file in Path(self.config_folder).glob("*.safetensors"))
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer's files: they decide token ids, not log-probs of ids."""
+        return hash_files(Path(self.config_folder), _TOKENIZER_FILES)
 
 
 def resolve_models(reward: RewardSpec, *, only_used: bool = True) -> dict[str, ResolvedModel]:

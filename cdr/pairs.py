@@ -75,8 +75,8 @@ def select_pairs(scored: DataFrame, spec: PairSpec) -> DataFrame:
     """Choose one preference pair per prompt.
 
     The outcome depends on the rows and the spec alone, not on row order or partitioning. The random
-    rule draws by hash of seed, prompt and text: two rewards over the same completions get the same
-    draws, and one more candidate changes the pairs of those prompts only where it wins itself.
+    rule draws by hash of seed, prompt and text, so two rewards over the same completions get the
+    same draws, and one more candidate disturbs a pair only by becoming part of it.
 
     Args:
         scored: `SCORED_COLUMNS`, one row per candidate with a finite reward:
@@ -151,8 +151,8 @@ def _compare(ranked: DataFrame, spec: PairSpec) -> DataFrame:
     """
     margin = F.col("best.reward") - F.col("reward")
     is_lower = F.col("is_candidate") & (F.col("score") < F.col("best.score"))
-    # A positive margin is news for `dice` only: its alpha may change which pair is taken, but must
-    # not prefer a completion against the reward.
+    # For `dice` a lower score need not be a lower reward: its alpha may change which pair is taken,
+    # but must not prefer a completion that the reward does not prefer.
     enough_margin = (margin > 0) & (margin >= F.lit(spec.min_margin))
     gap = F.abs(F.col("num_tokens") - F.col("best.num_tokens"))
     return (
@@ -173,7 +173,8 @@ def _in_window(window: LengthWindowSpec) -> Column:
     if window.tokens is not None:
         inside &= longer - shorter <= F.lit(window.tokens)
     if window.ratio is not None:
-        inside &= longer <= F.lit(window.ratio) * shorter
+        # Not a product: 1.15 · 100 rounds to less than 115, while 115 / 100 is just 1.15.
+        inside &= F.try_divide(longer, shorter) <= F.lit(window.ratio)
     return inside
 
 

@@ -73,6 +73,13 @@ class AnnotationPlan:
     reward_key: str
 
     @property
+    def given_domains(self) -> tuple[str, ...] | None:
+        """Domains the input's column may hold; None where the column is not used."""
+        if self.pack is None or self.config.reward.routing.mode != "column":
+            return None
+        return tuple(self.pack.domains)
+
+    @property
     def selection_key(self) -> str:
         """Hash of the rule that chooses pairs."""
         return self.config.pairs.key()
@@ -109,8 +116,9 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         pack = None
     _check_domains(reward, pack)
     scoring = {models[term.model].model_key: models[term.model] for term in reward.resolved_terms()}
-    templates = {key: _template(reward, models, model) for key, model in scoring.items()}
-    tokenizers = tuple(_tokenizer(model, templates[key]) for key, model in scoring.items())
+    tokenizers = tuple(
+        _tokenizer(model, _template(reward, models, model)) for model in scoring.values()
+    )
     for spec, model in zip(tokenizers, scoring.values(), strict=True):
         _check_vocabulary(spec, model)
     views = dict.fromkeys(
@@ -125,6 +133,14 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         score_end_of_turn=reward.encoding.score_end_of_turn,
         drop_exemplar_when_too_long=reward.encoding.drop_exemplar_when_too_long,
     )
+    route = _route_plan(reward, models, pack)
+    text_hashes = {
+        role: content_hash([_template(reward, models, model), model.tokenizer_hash()])
+        for role, model in models.items()
+    }
+    # The router's own wording is not part of the pack's key, which is about T alone.
+    pack_key = content_hash([pack.key, route.key if route else None]) if pack else None
+    model_keys = {role: model.model_key for role, model in models.items()}
     return AnnotationPlan(
         config=config,
         dataset=config.dataset if limit is None else f"{config.dataset}.limit-{limit}",
@@ -133,13 +149,8 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         pack=pack,
         encoding=encoding,
         engines=tuple(model.engine_spec for model in scoring.values()),
-        route=_route_plan(reward, models, pack),
-        reward_key=reward_key(
-            reward,
-            {role: model.model_key for role, model in models.items()},
-            pack.key if pack else None,
-            {key: content_hash(template) for key, template in templates.items()},
-        ),
+        route=route,
+        reward_key=reward_key(reward, model_keys, pack_key, text_hashes),
     )
 
 

@@ -10,9 +10,9 @@ empty prompt. The published forms are choices of terms (arXiv 2411.02481):
     prompt delta  (eq. 10)    + strong(T(x)) − strong(x)
     PMI difference (app. B.2) + strong(T(x)) − strong() − weak(T(x)) + weak()
 
-Every function exists once for people (`reward_value`, plain Python) or once for tables (Spark
-columns); the two agree to the last bit. No torch, no I/O. A number that is missing, NaN or infinite
-never becomes a reward.
+The maths is here twice: for one completion in plain Python (`reward_value`) and for a table as
+Spark columns (`reward_column`). The two agree to the last bit. What is missing, NaN or infinite
+never becomes a reward. No torch, no I/O.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def reward_column(terms: Sequence[TermSpec], reduction: Reduction) -> Column:
     Returns:
         A double: nats for `sum`, nats per token for `mean`. Null where a term is missing, has a
         null, or has no tokens under `mean`, and where the result would be NaN or infinite.
-        Reads `terms`: map<string, struct<logprob_sum double, num_tokens int>>, by `term_name`.
+        Reads `terms`: map<string, struct<logprob_sum double, num_tokens int>> by `term_name`; the
+        struct may hold more.
     """
     from pyspark.sql import functions as F
 

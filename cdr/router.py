@@ -164,7 +164,7 @@ def router_key(
             ],
             "model_key": model_key,
             "encoding_key": encoding_key,
-            "threshold": threshold,
+            "threshold": float(threshold),
             "fallback": fallback,
             "calibration": CONTENT_FREE_QUERY if calibrate else None,
         }

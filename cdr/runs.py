@@ -157,7 +157,7 @@ class StopSignal:
 
         gateway = self._spark.sparkContext._gateway
         assert gateway is not None
-        ensure_callback_server_started(gateway)
+        ensure_callback_server_started(gateway)  # type: ignore[no-untyped-call]
         jvm_signal = gateway.jvm.sun.misc.Signal
         for name in ("TERM", "INT"):
             jvm_signal.handle(jvm_signal(name), Handler())

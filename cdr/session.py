@@ -92,7 +92,7 @@ def get_session(app_name: str, *, warehouse: str | None = None) -> SparkSession:
     context = spark.sparkContext
     if context.getConf().get("spark.log.level") is None:
         context.setLogLevel("WARN")
-    if context.master.startswith("local") and "PYSPARK_PYTHON" not in os.environ:
+    if (context.master or "").startswith("local") and "PYSPARK_PYTHON" not in os.environ:
         # Workers would run the `python3` of PATH, which need not have this one's packages.
         context.pythonExec = sys.executable
     _require_delta(spark)

@@ -10,12 +10,14 @@ run ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from cdr.errors import FailReason
+from cdr.inputs import read_candidates
 from cdr.pairs import select_pairs
 from cdr.plan import AnnotationPlan, RoutePlan
 from cdr.reward import logprob_column, reward_column, strong_term, weak_term
@@ -23,6 +25,46 @@ from cdr.staging import Staging
 from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, Warehouse
 
 MapFunction = Callable[[Iterator[Any]], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a run works with.
+
+    Args:
+        plan: the checked plan.
+        warehouse: where the tables are.
+        staging: the run's intermediate tables.
+        run_id: stored with every row written.
+        input_version: Delta version of the input; None for other formats.
+        num_tasks: Spark tasks of stages that load no model.
+        num_devices: devices to keep busy, tasks at least of stages that load one.
+    """
+
+    plan: AnnotationPlan
+    warehouse: Warehouse
+    staging: Staging
+    run_id: str
+    input_version: int | None
+    num_tasks: int
+    num_devices: int
+
+
+def load_candidates(run: Context) -> DataFrame:
+    """Read the input once, so that all stages see the same rows; a limit is applied here.
+
+    Returns:
+        The columns of `cdr.inputs.read_candidates`.
+    """
+    plan = run.plan
+    source = plan.config.input.model_copy(update={"version": run.input_version})
+    candidates = read_candidates(run.warehouse.spark, source, domains=plan.given_domains)
+    if plan.limit is not None:
+        # The prompts whose hashes come first: the same ones every time.
+        hashes = candidates.where("prompt_hash IS NOT NULL").select("prompt_hash").distinct()
+        first = hashes.orderBy("prompt_hash").limit(plan.limit)
+        candidates = candidates.join(first, on="prompt_hash", how="left_semi")
+    return run.staging.write("candidates", candidates)
 
 
 def group_prompts(candidates: DataFrame) -> DataFrame:
@@ -47,24 +89,8 @@ def group_prompts(candidates: DataFrame) -> DataFrame:
     )
 
 
-def limit_prompts(candidates: DataFrame, limit: int | None) -> DataFrame:
-    """Keep the rows of the `limit` prompts whose hashes come first; the same ones every time."""
-    if limit is None:
-        return candidates
-    hashes = candidates.where("prompt_hash IS NOT NULL").select("prompt_hash").distinct()
-    return candidates.join(
-        hashes.orderBy("prompt_hash").limit(limit), on="prompt_hash", how="left_semi"
-    )
-
-
 def route(
-    prompts: DataFrame,
-    plan: AnnotationPlan,
-    warehouse: Warehouse,
-    staging: Staging,
-    run_id: str,
-    make_route: Callable[[RoutePlan], MapFunction],
-    num_tasks: int,
+    prompts: DataFrame, run: Context, make_route: Callable[[RoutePlan], MapFunction]
 ) -> DataFrame:
     """Give each prompt its domain; prompts the router knows already are not asked about again.
 
@@ -73,6 +99,7 @@ def route(
     Returns:
         The prompts with domain, domain_source, domain_confidence and route_error (null: routed).
     """
+    plan, warehouse = run.plan, run.warehouse
     routing = plan.config.reward.routing
     no_confidence = F.lit(None).cast("double").alias("domain_confidence")
     no_error = F.lit(None).cast("string").alias("route_error")
@@ -83,36 +110,35 @@ def route(
             "none": F.lit(None),
         }[routing.mode]
         source = F.lit(routing.mode).alias("domain_source")
-        return prompts.select(
-            "*", domain.cast("string").alias("domain"), source, no_confidence, no_error
+        given = domain.cast("string").alias("domain")
+        return run.staging.write(
+            "routed", prompts.select("*", given, source, no_confidence, no_error)
         )
     known = known_routes(plan.route, warehouse)
     unknown = prompts.select("prompt_hash", "prompt").join(
         known, on="prompt_hash", how="left_anti"
     ).groupBy("prompt_hash").agg(F.first("prompt").alias("prompt"))  # fmt: skip
-    answers = staging.write(
+    answers = run.staging.write(
         "routes",
-        unknown.repartition(num_tasks, "prompt_hash").mapInPandas(
+        unknown.repartition(run.num_devices, "prompt_hash").mapInPandas(
             make_route(plan.route),
             "prompt_hash string, domain string, confidence double, "
             "label_logprobs map<string, double>, domain_source string, error string",
         ),
     )
-    routed = answers.where("error IS NULL")
-    if not routed.isEmpty():
+    decided = answers.where("error IS NULL")
+    if not decided.isEmpty():
         warehouse.append(
             ROUTES,
-            routed.select(
-                "*", F.lit(plan.route.key).alias("router_key"), F.lit(run_id).alias("run_id")
+            decided.select(
+                "*", F.lit(plan.route.key).alias("router_key"), F.lit(run.run_id).alias("run_id")
             ),
         )
     errors = answers.where("error IS NOT NULL").select(
         "prompt_hash", F.col("error").alias("route_error")
     )
-    return (
-        prompts.join(known_routes(plan.route, warehouse), on="prompt_hash", how="left")
-        .join(errors, on="prompt_hash", how="left")
-    )  # fmt: skip
+    routed = prompts.join(known_routes(plan.route, warehouse), on="prompt_hash", how="left")
+    return run.staging.write("routed", routed.join(errors, on="prompt_hash", how="left"))
 
 
 def known_routes(plan: RoutePlan, warehouse: Warehouse) -> DataFrame:
@@ -129,20 +155,21 @@ def known_routes(plan: RoutePlan, warehouse: Warehouse) -> DataFrame:
     )
 
 
-def encode(prompts: DataFrame, function: MapFunction, schema: str, num_tasks: int) -> DataFrame:
+def encode(routed: DataFrame, run: Context, function: MapFunction, schema: str) -> DataFrame:
     """Turn routed prompts into token ids, one row per prompt.
 
     Reads: prompt_id, prompt_hash, prompt, domain, candidates, route_error.
 
     Args:
-        prompts: routed prompts; those without a route are left out.
+        routed: from `route`; prompts without a route are left out.
+        run: the run.
         function: `udfs.encode.make_encode(plan.encoding)`.
         schema: `udfs.encode.ENCODED_DDL`.
-        num_tasks: Spark tasks.
     """
-    ready = prompts.where("route_error IS NULL")
+    ready = routed.where("route_error IS NULL")
     needed = ready.select("prompt_id", "prompt_hash", "prompt", "domain", "candidates")
-    return needed.repartition(num_tasks, "prompt_hash").mapInArrow(function, schema)
+    encoded = needed.repartition(run.num_tasks, "prompt_hash").mapInArrow(function, schema)
+    return run.staging.write("encoded", encoded)
 
 
 def reward(
@@ -150,9 +177,7 @@ def reward(
     routed: DataFrame,
     encoded: DataFrame,
     failures: DataFrame | None,
-    plan: AnnotationPlan,
-    warehouse: Warehouse,
-    run_id: str,
+    run: Context,
 ) -> DataFrame:
     """Weigh the terms into a reward per candidate and replace this reward's rows.
 
@@ -163,13 +188,12 @@ def reward(
         routed: from `route`.
         encoded: from `encode`.
         failures: SCORED_DDL rows of this run with an error; None when nothing was scored.
-        plan: the plan.
-        warehouse: where the tables are.
-        run_id: stored with the rows.
+        run: the run.
 
     Returns:
         A read of the rows written.
     """
+    plan, warehouse = run.plan, run.warehouse
     terms = plan.config.reward.resolved_terms()
     rows = candidates.where("reason IS NULL").join(
         routed.select(
@@ -229,7 +253,7 @@ def reward(
         "terms", "passthrough",
         F.when(ok, "ok").otherwise("failed").alias("status"),
         F.when(~ok, error).alias("error"),
-        F.lit(run_id).alias("run_id"),
+        F.lit(run.run_id).alias("run_id"),
     )  # fmt: skip
     warehouse.replace(REWARDS, final, dataset=plan.dataset, reward_key=plan.reward_key)
     return read_rewards(plan, warehouse)
@@ -285,13 +309,7 @@ def _answers(
     )
 
 
-def reject(
-    candidates: DataFrame,
-    encoded: DataFrame,
-    plan: AnnotationPlan,
-    warehouse: Warehouse,
-    run_id: str,
-) -> DataFrame:
+def reject(candidates: DataFrame, encoded: DataFrame, run: Context) -> DataFrame:
     """Write every refused row with its reason, replacing this dataset's earlier rejects."""
     validated = candidates.where("reason IS NOT NULL").withColumn("stage", F.lit("validate"))
     refused = encoded.select("prompt_id", F.explode("rejected").alias("r")).select(
@@ -305,27 +323,25 @@ def reject(
     )
     rows = (
         validated.unionByName(at_encoding)
-        .withColumn("dataset", F.lit(plan.dataset))
-        .withColumn("run_id", F.lit(run_id))
+        .withColumn("dataset", F.lit(run.plan.dataset))
+        .withColumn("run_id", F.lit(run.run_id))
     )
-    warehouse.replace(REJECTS, rows, dataset=plan.dataset)
-    return warehouse.read(REJECTS).where(F.col("dataset") == plan.dataset)
+    run.warehouse.replace(REJECTS, rows, dataset=run.plan.dataset)
+    return run.warehouse.read(REJECTS).where(F.col("dataset") == run.plan.dataset)
 
 
 def pair(
-    rewards: DataFrame,
-    plan: AnnotationPlan,
-    warehouse: Warehouse,
-    staging: Staging,
-    run_id: str,
-    mlflow_run_id: str | None,
+    rewards: DataFrame, run: Context, mlflow_run_id: str | None
 ) -> tuple[DataFrame, DataFrame]:
     """Choose a pair per prompt and replace this selection's rows of `preferences`.
 
     Returns:
         The pairs written, and for every prompt without one its `no_pair_reason`.
     """
-    chosen = staging.write("pairs", select_pairs(rewards.where("status = 'ok'"), plan.config.pairs))
+    plan, warehouse = run.plan, run.warehouse
+    chosen = run.staging.write(
+        "pairs", select_pairs(rewards.where("status = 'ok'"), plan.config.pairs)
+    )
     pairs = (
         chosen.where("no_pair_reason IS NULL")
         .withColumn("dataset", F.lit(plan.dataset))
@@ -333,7 +349,7 @@ def pair(
         .withColumn("selection_key", F.lit(plan.selection_key))
         .withColumn("reward_name", F.lit(plan.config.reward.name))
         .withColumn("mlflow_run_id", F.lit(mlflow_run_id))
-        .withColumn("run_id", F.lit(run_id))
+        .withColumn("run_id", F.lit(run.run_id))
     )
     warehouse.replace(
         PREFERENCES,

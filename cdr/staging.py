@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from pyspark.sql import DataFrame, SparkSession
@@ -29,7 +29,7 @@ class Staging:
         self._all = f"{root.rstrip('/')}/_staging"
         self._folder = f"{self._all}/{run_id}"
 
-    def open(self) -> None:
+    def __enter__(self) -> Self:
         """Create the folder with a note of who works in it, and delete folders left behind."""
         self._remove_left()
         me = psutil.Process()
@@ -38,6 +38,12 @@ class Staging:
         stream = self._files(path).create(path, True)
         stream.write(bytearray(json.dumps(owner).encode()))
         stream.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Delete the folder."""
+        path = self._path(self._folder)
+        self._files(path).delete(path, True)
 
     def write(self, name: str, rows: DataFrame) -> DataFrame:
         """Write rows once and give a read of them."""
@@ -47,11 +53,6 @@ class Staging:
     def read(self, name: str) -> DataFrame:
         """Read what was written under a name."""
         return self._spark.read.parquet(f"{self._folder}/{name}")
-
-    def close(self) -> None:
-        """Delete the folder."""
-        path = self._path(self._folder)
-        self._files(path).delete(path, True)
 
     def _remove_left(self) -> None:
         """Delete folders whose run on this machine is dead.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cdr.chat import ChatEncoder
+from cdr.chat import ChatEncoder, Message
 from cdr.engines.base import ScoringGroup
 from cdr.errors import EngineError, RowRejected
 from cdr.plan import RoutePlan
@@ -91,7 +91,7 @@ def make_route(
 
 
 def _prefix(encoder: ChatEncoder, plan: RoutePlan, prompt: Sequence[Any]) -> tuple[int, ...] | None:
-    messages = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+    messages = [Message(role=turn["role"], content=turn["content"]) for turn in prompt]
     try:
         return encoder.encode_prefix(router_messages(messages, plan.pack, plan.domains))
     except RowRejected:

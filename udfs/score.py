@@ -12,17 +12,20 @@ import pandas as pd
 from cdr.config import RunSpec
 from cdr.engines.base import EngineSpec, ScoringGroup, TokenLogprobs
 from cdr.engines.wire import Outcome
+from cdr.progress import TaskCounter
 from udfs.engines import task_engines
 
 
 def make_score(
-    specs: tuple[EngineSpec, ...], run: RunSpec
+    specs: tuple[EngineSpec, ...], run: RunSpec, counter: TaskCounter, counted: str
 ) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     """Make the function for `DataFrame.mapInPandas`.
 
     Args:
         specs: the models of the wave; rows name them by `model_key`.
         run: `request_tokens` bounds a request; `store_token_logprobs` keeps every token's value.
+        counter: counts tokens of all models, and prompts of one.
+        counted: model key whose prompts are counted.
 
     Returns:
         A function over frames with model_key, prefix_hash, prefix_ids, completion_hashes and
@@ -34,11 +37,15 @@ def make_score(
         first = next(frames, None)
         if first is None:
             return  # an empty partition loads no model
-        with task_engines(specs) as (client, versions):
+        with task_engines(specs) as (client, versions), counter.task() as count:
             for frame in _with_first(first, frames):
                 for request in _requests(frame, run.request_tokens):
                     model_key = request[0].model_key
                     answers = client.score(model_key, [question.group for question in request])
+                    count.add(
+                        prompts=len(request) if model_key == counted else 0,
+                        tokens=sum(question.num_tokens for question in request),
+                    )
                     yield pd.DataFrame(
                         [
                             row
@@ -64,6 +71,11 @@ class _Question:
     completion_hashes: Sequence[bytes]
     group: ScoringGroup
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix, once, and of all completions."""
+        return len(self.group.prefix_ids) + sum(map(len, self.group.completions_ids))
+
 
 def _requests(frame: pd.DataFrame, request_tokens: int) -> Iterator[list[_Question]]:
     """Cut rows, in their order, into requests of one model and about `request_tokens` tokens."""
@@ -74,14 +86,14 @@ def _requests(frame: pd.DataFrame, request_tokens: int) -> Iterator[list[_Questi
             tuple(row["prefix_ids"].tolist()),
             tuple(tuple(ids.tolist()) for ids in row["completions_ids"]),
         )
-        size = len(group.prefix_ids) + sum(len(ids) for ids in group.completions_ids)
-        is_full = tokens + size > request_tokens
-        if request and (is_full or request[0].model_key != row["model_key"]):
+        hashes = row["completion_hashes"]
+        question = _Question(row["model_key"], row["prefix_hash"], hashes, group)
+        is_full = tokens + question.num_tokens > request_tokens
+        if request and (is_full or request[0].model_key != question.model_key):
             yield request
             request, tokens = [], 0
-        hashes = row["completion_hashes"]
-        request.append(_Question(row["model_key"], row["prefix_hash"], hashes, group))
-        tokens += size
+        request.append(question)
+        tokens += question.num_tokens
     if request:
         yield request
 

@@ -58,7 +58,7 @@ class CausalLm:
         self._scale: float = getattr(config, "logit_scale", None) or 1.0  # Cohere
         self._scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         self._layer_types = _resolve_layer_types(config, spec)
-        self._window: int | None = getattr(config, "sliding_window", None)
+        self._window: int = getattr(config, "sliding_window", None) or 0
 
     def read(
         self,
@@ -121,7 +121,7 @@ class CausalLm:
         """
         last = self.vocab_size if last is None else min(last, self.vocab_size)
         weight = self._head.weight[first:last].to(self._head_dtype)
-        logits = (states.to(self._head_dtype) @ weight.T).float()
+        logits: torch.Tensor = (states.to(self._head_dtype) @ weight.T).float()
         if self._head.bias is not None:
             logits += self._head.bias[first:last]
         if self._scale != 1.0:
@@ -141,7 +141,8 @@ class CausalLm:
         """
         logits = self._model(input_ids=token_ids[None], use_cache=False).logits[0, :-1]
         logprobs = logits[:, : self.vocab_size].float().log_softmax(-1)
-        return logprobs.gather(-1, token_ids[1:, None])[:, 0]
+        result: torch.Tensor = logprobs.gather(-1, token_ids[1:, None])[:, 0]
+        return result
 
     @staticmethod
     def _check_spec(spec: EngineSpec) -> None:

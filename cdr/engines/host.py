@@ -26,7 +26,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,51 +44,13 @@ from cdr.engines.base import (
     TokenLogprobs,
     make_engine,
 )
+from cdr.engines.launch import SOCKET, Owner
 from cdr.engines.wire import Group, Head, Outcome, Value
 from cdr.errors import FailReason
-
-SOCKET, LOCK, LOG = "host.sock", "start.lock", "host.log"
-"""What is in a host's folder."""
 
 _WATCH_S = 1.0
 
 _log = logging.getLogger("cdr.engines.host")
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The process a host belongs to: it ends when its owner is gone.
-
-    Args:
-        pid: process id.
-        start: when it started, in the system's own unit; tells a reused pid apart.
-    """
-
-    pid: int
-    start: int
-
-    @classmethod
-    def of(cls, pid: int) -> Owner:
-        """Describe a living process."""
-        return cls(pid, _start_time(pid))
-
-    def is_alive(self) -> bool:
-        """Tell whether the process still runs; a zombie does not."""
-        try:
-            is_same = _start_time(self.pid) == self.start
-            return is_same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-
-def _start_time(pid: int) -> int:
-    # Ticks since boot where /proc has them: unlike psutil's time of day, all processes read the
-    # same number, also after the clock was set.
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[19])
-    except OSError:
-        return int(psutil.Process(pid).create_time())
 
 
 class EngineHost:

@@ -353,8 +353,8 @@ class _Job:
     def _choose(self, logits: torch.Tensor) -> int:
         if self.request.temperature == 0:
             return int(logits.argmax())
-        probabilities, ids = (logits / self.request.temperature).softmax(-1).sort(
-            descending=True, stable=True
+        probabilities, ids = (
+            (logits / self.request.temperature).softmax(-1).sort(descending=True, stable=True)
         )
         mass = probabilities.double().cumsum(-1)
         # The nucleus is the shortest run of likeliest tokens that holds top_p.

@@ -43,16 +43,19 @@ class Outcome(Generic[Value]):
     detail: str | None = None
 
 
+_ITEMS = {ScoringGroup: "completions_ids", SamplingRequest: "seeds"}
+
+
 def num_items(group: Group) -> int:
     """Count what a group asks for: completions to score, or samples to draw."""
-    return len(group.completions_ids if isinstance(group, ScoringGroup) else group.seeds)
+    return len(getattr(group, _ITEMS[type(group)]))
 
 
 def part(group: Group, start: int, stop: int) -> Group:
     """Give the group with only its items `start` to `stop` (exclusive)."""
-    if isinstance(group, ScoringGroup):
-        return replace(group, completions_ids=group.completions_ids[start:stop])
-    return replace(group, seeds=group.seeds[start:stop])
+    name = _ITEMS[type(group)]
+    items: dict[str, Any] = {name: getattr(group, name)[start:stop]}
+    return replace(group, **items)
 
 
 def send(connection: socket.socket, head: Head, table: pa.Table | None = None) -> None:
@@ -128,10 +131,10 @@ def encode_requests(requests: Sequence[SamplingRequest]) -> pa.Table:
 
 def decode_requests(table: pa.Table) -> list[SamplingRequest]:
     """Undo `encode_requests`."""
-    ragged = {"prefix_ids", "seeds", "stop_ids"}
+    rows: list[dict[str, Any]] = table.to_pylist()
     return [
-        SamplingRequest(**{k: tuple(v) if k in ragged else v for k, v in row.items()})
-        for row in table.to_pylist()
+        SamplingRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for row in rows
     ]
 
 

@@ -1,0 +1,245 @@
+"""Where an engine host lives, whom it belongs to, and how it is started.
+
+A host's folder is named after its owner and its device, so all tasks of an executor find the same
+one without being told. The first of them starts the host under a file lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from cdr.engines.device import Device, make_private_folder
+from cdr.engines.devices import count_cores
+from cdr.errors import EngineError
+
+SOCKET, LOCK, LOG = "host.sock", "start.lock", "host.log"
+"""What is in a host's folder."""
+
+_MAX_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
+_LOG_TAIL_LINES = 20
+
+# Kept so that hosts that die while this process lives are reaped (at the next start).
+_started: list[subprocess.Popen[bytes]] = []
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process a host belongs to: it ends when its owner is gone.
+
+    Args:
+        pid: process id.
+        start: when it started, in the system's own unit; tells a reused pid apart.
+    """
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> Owner:
+        """Describe a living process."""
+        return cls(pid, _start_time(pid))
+
+    def is_alive(self) -> bool:
+        """Tell whether the process still runs; a zombie does not."""
+        try:
+            is_same = _start_time(self.pid) == self.start
+            return is_same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def _start_time(pid: int) -> int:
+    # Ticks since boot where /proc has them: unlike psutil's time of day, all processes read the
+    # same number, also after the clock was set.
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19])
+    except OSError:
+        return int(psutil.Process(pid).create_time())
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """How hosts are started and waited for.
+
+    Args:
+        owner: process whose end ends the host; None finds it (`find_owner`).
+        num_threads: CPU threads for each engine; None takes all cores.
+        idle_timeout_s: seconds without a request after which a host ends.
+        start_timeout_s: seconds the process may take to listen (imports on slow disks).
+        load_timeout_s: seconds the engines of `set_engines` may take, turns of others included.
+        max_deaths_in_a_row: deaths without a reply in between after which the client gives up;
+            one bad completion causes three.
+    """
+
+    owner: Owner | None = None
+    num_threads: int | None = None
+    idle_timeout_s: float = 900.0
+    start_timeout_s: float = 300.0
+    load_timeout_s: float = 3600.0
+    max_deaths_in_a_row: int = 8
+
+
+def find_owner() -> Owner:
+    """Give the executor this process works for (worker → daemon → JVM), else this process."""
+    for parent in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            if parent.name() == "java":
+                return Owner.of(parent.pid)
+    return Owner.of(os.getpid())
+
+
+class HostPlace:
+    """Where the host of one device is, running or not.
+
+    Args:
+        device: what the host runs on.
+        options: how it is started when it does not run.
+    """
+
+    def __init__(self, device: Device, options: HostOptions) -> None:
+        self._device, self._options = device, options
+        self._owner = options.owner or find_owner()
+        self._folder = host_folder(device, self._owner)
+
+    def open(self) -> socket.socket:
+        """Connect to the host.
+
+        Raises:
+            ConnectionError: it does not run any more.
+            FileNotFoundError: it does not run.
+        """
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(self._folder / SOCKET))
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    def open_or_start(self) -> socket.socket:
+        """Connect to the host, which is started if need be; others that want it wait meanwhile.
+
+        Raises:
+            EngineError: it does not start.
+            SetupError: its folder is in other hands.
+        """
+        while True:
+            with contextlib.suppress(ConnectionError, FileNotFoundError):
+                return self.open()
+            make_private_folder(self._folder)
+            # No file: a host that ended has just taken its folder away.
+            with contextlib.suppress(FileNotFoundError), self._start_lock() as lock_fd:
+                with contextlib.suppress(ConnectionError, FileNotFoundError):
+                    return self.open()  # another client started it while this one waited
+                if os.path.samestat(os.fstat(lock_fd), os.stat(self._folder / LOCK)):
+                    self._start(lock_fd)
+
+    def log_tail(self) -> str:
+        """Give the last lines of the host's log, to end an error message with."""
+        path = self._folder / LOG
+        try:
+            lines = path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+        except FileNotFoundError:
+            return ""
+        return "\n".join([f"; the end of {path}:", *lines])
+
+    @contextlib.contextmanager
+    def _start_lock(self) -> Iterator[int]:
+        lock_fd = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            yield lock_fd
+        finally:
+            os.close(lock_fd)
+
+    def _start(self, lock_fd: int) -> None:
+        """Start the host and wait until it listens.
+
+        Args:
+            lock_fd: the start lock; the host inherits it and lets go when it listens, so that no
+                second one starts when this process is killed meanwhile.
+        """
+        _started[:] = [process for process in _started if process.poll() is None]
+        ready_fd, host_ready_fd = os.pipe()
+        with open(ready_fd, "rb") as ready:
+            try:
+                process = self._spawn(host_ready_fd, lock_fd)
+            finally:
+                os.close(host_ready_fd)
+            _started.append(process)
+            timeout_s = self._options.start_timeout_s
+            is_readable, _, _ = select.select([ready], [], [], timeout_s)
+            if not is_readable:
+                os.killpg(process.pid, signal.SIGKILL)
+                self._fail(f"did not start within {timeout_s:.0f} s")
+            if not ready.read(1):
+                self._fail("died as it started")
+
+    def _spawn(self, ready_fd: int, lock_fd: int) -> subprocess.Popen[bytes]:
+        num_threads = self._options.num_threads or count_cores()
+        arguments = {
+            "--folder": self._folder,
+            "--owner-pid": self._owner.pid,
+            "--owner-start": self._owner.start,
+            "--idle-timeout-s": self._options.idle_timeout_s,
+            "--num-threads": num_threads,
+            "--ready-fd": ready_fd,
+            "--lock-fd": lock_fd,
+        }
+        with (self._folder / LOG).open("ab") as log:
+            return subprocess.Popen(
+                # -P: the working folder is on the import path only if it is on the worker's.
+                [sys.executable, "-P", "-X", "faulthandler", "-m", "cdr.engines.host"]
+                + [str(word) for pair in arguments.items() for word in pair],
+                env=host_environment(self._device, num_threads, os.environ, sys.path),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(ready_fd, lock_fd),
+                start_new_session=True,
+            )
+
+    def _fail(self, what: str) -> NoReturn:
+        raise EngineError(f"the engine host on {self._device} {what}{self.log_tail()}")
+
+
+def host_folder(device: Device, owner: Owner) -> Path:
+    """Give the folder of a device's host: the same for all tasks of an executor, and short."""
+    key = hashlib.sha256(f"{owner.start} {device}".encode()).hexdigest()[:12]
+    name = f"cdr-{os.geteuid()}-{owner.pid}-{key}"
+    folder = Path(tempfile.gettempdir()) / name
+    is_short = len(os.fsencode(folder / SOCKET)) <= _MAX_SOCKET_PATH_BYTES
+    return folder if is_short else Path("/tmp") / name
+
+
+def host_environment(
+    device: Device, num_threads: int, environ: Mapping[str, str], import_path: Sequence[str]
+) -> dict[str, str]:
+    """Give the environment of a host: the worker's, but for threads, devices and import path."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
+    return {
+        **environ,
+        **threads,
+        "CUDA_VISIBLE_DEVICES": ",".join(device.ids) if device.kind == "cuda" else "",
+        # Spark's addresses are those of nvidia-smi, which counts in this order.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        # Spark may have put shipped code (--py-files) on the worker's path only.
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in import_path),
+        "PYTHONUNBUFFERED": "1",
+    }

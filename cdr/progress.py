@@ -1,0 +1,247 @@
+"""Progress of a long Spark action, shown on the driver: a bar, or plain lines without a terminal.
+
+Tasks count prompts and tokens as they go; nothing else leaves them. Two ways lead to the driver:
+
+- An accumulator, on every platform. Spark ships it when a task ends; failed attempts add nothing.
+  There, short tasks make a lively bar.
+- On one machine a task on a CPU may take an hour, so there each running task also keeps its count
+  in a small file that the driver reads. The file goes away when the task ends.
+
+    counter = TaskCounter.create(spark)
+    with Progress(Counts(prompts=60_000, tokens=10**9), counter, label="strong"):
+        rows.mapInPandas(score(counter), schema).write...      # `with counter.task() as count:`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TextIO
+
+from tqdm import tqdm
+
+from cdr.estimate import format_count, format_duration
+
+if TYPE_CHECKING:
+    from pyspark import Accumulator
+    from pyspark.sql import SparkSession
+
+_TERMINAL_INTERVAL_S = 1.0
+_LINE_INTERVAL_S = 10.0
+_TASK_FILE_INTERVAL_S = 1.0
+_RATE_WINDOW_S = 300.0  # longer than a task: on a cluster counts come when tasks end
+
+
+class Counts(NamedTuple):
+    """Prompts and tokens done."""
+
+    prompts: int = 0
+    tokens: int = 0
+
+    def plus(self, other: Counts) -> Counts:
+        """Add field by field."""
+        return Counts(self.prompts + other.prompts, self.tokens + other.tokens)
+
+
+class CountSource(Protocol):
+    """What a `Progress` polls."""
+
+    def read(self) -> Counts:
+        """Give everything counted so far."""
+        ...
+
+
+class _CountsParam:
+    """How Spark adds up `Counts`: an `AccumulatorParam`, without importing PySpark here."""
+
+    def zero(self, value: Counts) -> Counts:
+        return Counts()
+
+    def addInPlace(self, left: Counts, right: Counts) -> Counts:  # noqa: N802 - Spark's name
+        return left.plus(right)
+
+
+@dataclass(frozen=True)
+class TaskCounter:
+    """Counts of all tasks of a job; crosses to workers with the function that uses it.
+
+    Args:
+        ended: accumulator over ended tasks.
+        folder: of the running tasks' files, on the one machine of a local session; else None.
+    """
+
+    ended: Accumulator[Counts]
+    folder: Path | None
+
+    @classmethod
+    def create(cls, spark: SparkSession) -> TaskCounter:
+        """Make a counter on the driver; its folder goes away with it."""
+        from pyspark.accumulators import AccumulatorParam
+
+        # PySpark asks for a subclass; defined up there it would make this module need PySpark.
+        param: AccumulatorParam[Counts] = _CountsParam()  # type: ignore[assignment]
+        context = spark.sparkContext
+        folder = None
+        if (context.master or "").startswith("local"):
+            folder = Path(tempfile.mkdtemp(prefix="cdr-progress-"))
+        counter = cls(context.accumulator(Counts(), param), folder)
+        if folder is not None:
+            weakref.finalize(counter, shutil.rmtree, folder, ignore_errors=True)
+        return counter
+
+    @contextlib.contextmanager
+    def task(self) -> Iterator[TaskCount]:
+        """Count inside one task, on a worker."""
+        from pyspark import TaskContext
+
+        context = TaskContext.get()
+        assert context is not None, "counts belong to a Spark task"
+        # Named so that a retry overwrites what a killed attempt left.
+        name = f"{context.stageId()}-{context.partitionId()}"
+        count = TaskCount(None if self.folder is None else self.folder / name)
+        try:
+            yield count
+        finally:
+            count.clear()
+            self.ended.add(count.counts)
+
+    def read(self) -> Counts:
+        """Give the counts of ended and running tasks (driver only)."""
+        total = self.ended.value
+        for path in self.folder.glob("*-*") if self.folder is not None else ():
+            with contextlib.suppress(FileNotFoundError, ValueError):  # the task just ended
+                prompts, tokens = path.read_text().split()
+                total = total.plus(Counts(int(prompts), int(tokens)))
+        return total
+
+
+class TaskCount:
+    """What one task has done so far.
+
+    Args:
+        file: where the driver looks for it; None where it cannot.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, file: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.counts = Counts()
+        self._file, self._clock = file, clock
+        self._next_write_s = clock()
+
+    def add(self, prompts: int, tokens: int) -> None:
+        """Count finished work."""
+        self.counts = self.counts.plus(Counts(prompts, tokens))
+        if self._file is not None and self._clock() >= self._next_write_s:
+            self._next_write_s = self._clock() + _TASK_FILE_INTERVAL_S
+            fresh = self._file.with_suffix(".new")
+            fresh.write_text(f"{self.counts.prompts} {self.counts.tokens}")
+            os.replace(fresh, self._file)
+
+    def clear(self) -> None:
+        """Take the file away: from here on the accumulator tells."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+class Progress:
+    """Shows counts against a total while its `with` block runs.
+
+    Args:
+        total: what there is to do.
+        source: polled from a thread, once a second with a terminal, else every ten.
+        label: what is being done, for example the model's role.
+        stream: where to show it.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        total: Counts,
+        source: CountSource,
+        *,
+        label: str,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._source, self._label = total, source, label
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._done = Counts()
+        self._history = deque([(clock(), self._done)])
+        self._start_s = clock()
+        self._bar: tqdm[Any] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="cdr-progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=max(self._total.tokens, 1),
+                desc=self._label,
+                file=self._stream,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}",
+                dynamic_ncols=True,
+            )
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.refresh()
+        if self._bar is not None:
+            self._bar.close()
+
+    def refresh(self) -> None:
+        """Read the counts and show them."""
+        now, counts = self._clock(), self._source.read()
+        # Between the end of a task and its accumulator's arrival the sum dips for a moment.
+        self._done = Counts(*map(max, self._done, counts))
+        self._history.append((now, self._done))
+        while len(self._history) > 2 and self._history[1][0] <= now - _RATE_WINDOW_S:
+            self._history.popleft()
+        if self._bar is None:
+            print(f"{self._label}: {self.describe()}", file=self._stream, flush=True)
+        else:
+            self._bar.set_postfix_str(self.describe(), refresh=False)
+            self._bar.update(min(self._done.tokens, self._total.tokens) - self._bar.n)
+            self._bar.refresh()
+
+    def describe(self) -> str:
+        """Say how far it is, how fast, and how long it will take; rates of the last 5 minutes."""
+        done, total = self._done, self._total
+        parts = [
+            f"{format_count(done.tokens)} of {format_count(total.tokens)} tokens",
+            f"{done.prompts:,} of {total.prompts:,} prompts",
+        ]
+        (then, before), (now, _) = self._history[0], self._history[-1]
+        tokens, prompts = done.tokens - before.tokens, done.prompts - before.prompts
+        if now > then and tokens > 0:
+            span_s = now - then
+            parts.append(f"{format_count(tokens / span_s)} tokens/s")
+            parts.append(f"{format_count(prompts / span_s)} prompts/s")
+            left_s = max(total.tokens - done.tokens, 0) * span_s / tokens
+            parts.append(f"{format_duration(left_s)} left" if left_s else "done")
+        parts.append(f"{format_duration(self._clock() - self._start_s)} so far")
+        return ", ".join(parts)
+
+    def _poll(self) -> None:
+        interval_s = _LINE_INTERVAL_S if self._bar is None else _TERMINAL_INTERVAL_S
+        while not self._ended.wait(interval_s):
+            self.refresh()

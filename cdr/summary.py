@@ -1,0 +1,277 @@
+"""What an annotate run did, in numbers: for the terminal, for MLflow, for the row in `runs`.
+
+Computed from the committed tables in three small aggregations, so it says what readers will find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class DomainSummary:
+    """One domain's numbers.
+
+    Args:
+        prompts: prompts in it.
+        candidates: scored candidates.
+        pairs: pairs chosen.
+        reward_quantiles: at `QUANTILES`, nats; empty without scored candidates.
+        margin_quantiles: at `QUANTILES`, nats; empty without pairs.
+        chosen_tokens: mean tokens of chosen; None without pairs.
+        rejected_tokens: mean tokens of rejected; None without pairs.
+        chosen_longer: share of pairs whose chosen is longer; None without pairs.
+    """
+
+    prompts: int
+    candidates: int
+    pairs: int
+    reward_quantiles: tuple[float, ...]
+    margin_quantiles: tuple[float, ...]
+    chosen_tokens: float | None
+    rejected_tokens: float | None
+    chosen_longer: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's numbers.
+
+    Args:
+        candidates: rows of the input, one per candidate; = ok + failed + the rejected.
+        ok: candidates with a reward.
+        failed: candidates without a score this time, tried again by the next run.
+        rejected: refused rows by reason.
+        domains: by domain; `none` where prompts were left as they are.
+        routed: prompts by who decided their domain (router, fallback, column, fixed, none).
+        asked: log-probs the reward needs.
+        scored: those computed by this run.
+        pairs: pairs chosen.
+        no_pair: prompts without a pair, by reason.
+        length_fallbacks: pairs whose length window was empty.
+        tokens: tokens read by the scoring models, prefixes once.
+        scoring_s: seconds spent in waves.
+        wall_s: seconds since the start.
+    """
+
+    candidates: int
+    ok: int
+    failed: int
+    rejected: Mapping[str, int]
+    domains: Mapping[str, DomainSummary]
+    routed: Mapping[str, int]
+    asked: int
+    scored: int
+    pairs: int
+    no_pair: Mapping[str, int]
+    length_fallbacks: int
+    tokens: int
+    scoring_s: float
+    wall_s: float
+
+    @property
+    def prompts(self) -> int:
+        """Prompts with at least one candidate that was not rejected."""
+        return sum(domain.prompts for domain in self.domains.values())
+
+    @property
+    def rejected_fraction(self) -> float:
+        """Share of the input's candidates that were refused."""
+        return sum(self.rejected.values()) / self.candidates if self.candidates else 0.0
+
+    @property
+    def failed_fraction(self) -> float:
+        """Share of the input's candidates that have no score this time."""
+        return self.failed / self.candidates if self.candidates else 0.0
+
+    def counts(self) -> dict[str, int]:
+        """Give every count by name, for `runs`."""
+        return {
+            "prompts": self.prompts,
+            "candidates": self.candidates,
+            "ok": self.ok,
+            "failed": self.failed,
+            "rejected": sum(self.rejected.values()),
+            "pairs": self.pairs,
+            "length_fallbacks": self.length_fallbacks,
+            "logprobs_asked": self.asked,
+            "logprobs_scored": self.scored,
+            "tokens": self.tokens,
+            **{f"rejected.{reason}": count for reason, count in self.rejected.items()},
+            **{f"no_pair.{reason}": count for reason, count in self.no_pair.items()},
+            **{f"routed.{source}": count for source, count in self.routed.items()},
+            **{f"domain.{name}": domain.prompts for name, domain in self.domains.items()},
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Give every number by name, for MLflow."""
+        found: dict[str, float] = {name: float(value) for name, value in self.counts().items()}
+        found |= {
+            "rejected_fraction": self.rejected_fraction,
+            "failed_fraction": self.failed_fraction,
+            "scoring_s": self.scoring_s,
+            "wall_s": self.wall_s,
+        }
+        if self.scoring_s > 0:
+            found["tokens_per_s"] = self.tokens / self.scoring_s
+        for name, domain in self.domains.items():
+            for kind, values in (
+                ("reward", domain.reward_quantiles), ("margin", domain.margin_quantiles)
+            ):  # fmt: skip
+                for quantile, value in zip(QUANTILES, values, strict=False):
+                    found[f"{kind}_p{round(quantile * 100):02d}.{name}"] = value
+            found |= {
+                f"{label}.{name}": value
+                for label, value in (
+                    ("chosen_tokens", domain.chosen_tokens),
+                    ("rejected_tokens", domain.rejected_tokens),
+                    ("chosen_longer", domain.chosen_longer),
+                )
+                if value is not None
+            }
+        return found
+
+    def render(self) -> str:
+        """Write the numbers for a terminal."""
+        lines = [
+            f"{'prompts':<12}{self.prompts:>9,}",
+            f"{'candidates':<12}{self.candidates:>9,}   ok {self.ok:,}, failed {self.failed:,}, "
+            f"rejected {_listed(self.rejected)}",
+            f"{'routed':<12}{sum(self.routed.values()):>9,}   by {_listed(self.routed)}",
+            f"{'scored':<12}{self.scored:>9,}   log-probs; "
+            + (
+                f"{self.asked - self.scored:,} of {self.asked:,} were in the store"
+                if self.scored
+                else f"nothing to score, all {self.asked:,} were in the store"
+            ),
+            f"{'pairs':<12}{self.pairs:>9,}   without a pair: {_listed(self.no_pair)}; "
+            f"length window empty: {self.length_fallbacks:,}",
+            f"{'tokens':<12}{self.tokens:>9,}   "
+            + (
+                f"{self.tokens / self.scoring_s:,.0f} tokens/s while scoring" if self.tokens else ""
+            ),
+            f"{'wall time':<12}{self.wall_s:>8,.0f}s   of it scoring {self.scoring_s:,.0f}s",
+            "",
+            f"{'domain':<12}{'prompts':>9}{'pairs':>8}{'margin p50':>12}{'reward p50':>12}"
+            f"{'chosen tok':>12}{'rejected tok':>14}{'chosen longer':>15}",
+        ]
+        for name, domain in self.domains.items():
+            lines.append(
+                f"{name:<12}{domain.prompts:>9,}{domain.pairs:>8,}"
+                f"{_number(_median(domain.margin_quantiles)):>12}"
+                f"{_number(_median(domain.reward_quantiles)):>12}"
+                f"{_number(domain.chosen_tokens):>12}{_number(domain.rejected_tokens):>14}"
+                f"{'-' if domain.chosen_longer is None else f'{domain.chosen_longer:.0%}':>15}"
+            )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def summarize(
+    rewards: DataFrame,
+    rejects: DataFrame,
+    pairs: DataFrame,
+    without_pair: DataFrame,
+    *,
+    asked: int,
+    scored: int,
+    tokens: int,
+    scoring_s: float,
+    wall_s: float,
+) -> Summary:
+    """Aggregate what a run committed.
+
+    Args:
+        rewards: this run's rows of `rewards`.
+        rejects: this dataset's rows of `rejects`.
+        pairs: this run's rows of `preferences`.
+        without_pair: prompts without a pair, with `no_pair_reason`.
+        asked: log-probs the reward needs.
+        scored: log-probs computed now.
+        tokens: tokens read by the scoring models.
+        scoring_s: seconds spent in waves.
+        wall_s: seconds since the start.
+    """
+    quantiles = list(QUANTILES)
+    domain = F.coalesce("domain", F.lit("none")).alias("domain")
+    # All collects below are one row per domain, source or reason.
+    by_domain = (
+        rewards.groupBy(domain)
+        .agg(
+            F.countDistinct("prompt_id").alias("prompts"),
+            F.count(F.when(F.col("status") == "ok", 1)).alias("ok"),
+            F.count(F.when(F.col("status") != "ok", 1)).alias("failed"),
+            F.percentile_approx("reward", quantiles).alias("rewards"),
+        )
+        .collect()
+    )
+    by_pair = {
+        row["domain"]: row
+        for row in pairs.groupBy(domain)
+        .agg(
+            F.count("*").alias("pairs"),
+            F.percentile_approx("margin", quantiles).alias("margins"),
+            F.avg("chosen_num_tokens").alias("chosen_tokens"),
+            F.avg("rejected_num_tokens").alias("rejected_tokens"),
+            F.avg(
+                F.when(F.col("chosen_num_tokens") > F.col("rejected_num_tokens"), 1.0).otherwise(0)
+            ).alias("chosen_longer"),
+            F.count(F.when(F.col("length_fallback"), 1)).alias("fallbacks"),
+        )
+        .collect()
+    }
+    domains = {}
+    for row in sorted(by_domain, key=lambda row: str(row["domain"])):
+        pair = by_pair.get(row["domain"])
+        domains[row["domain"]] = DomainSummary(
+            prompts=row["prompts"],
+            candidates=row["ok"],
+            pairs=pair["pairs"] if pair else 0,
+            reward_quantiles=tuple(row["rewards"] or ()),
+            margin_quantiles=tuple(pair["margins"] or ()) if pair else (),
+            chosen_tokens=pair["chosen_tokens"] if pair else None,
+            rejected_tokens=pair["rejected_tokens"] if pair else None,
+            chosen_longer=pair["chosen_longer"] if pair else None,
+        )
+    rejected = _counts(rejects.groupBy("reason").count())
+    ok, failed = sum(row["ok"] for row in by_domain), sum(row["failed"] for row in by_domain)
+    routed = rewards.groupBy(F.coalesce("domain_source", F.lit("not routed"))).agg(
+        F.countDistinct("prompt_id")
+    )
+    return Summary(
+        candidates=ok + failed + sum(rejected.values()),
+        ok=ok,
+        failed=failed,
+        rejected=rejected,
+        domains=domains,
+        routed=_counts(routed),
+        asked=asked,
+        scored=scored,
+        pairs=sum(row["pairs"] for row in by_pair.values()),
+        no_pair=_counts(without_pair.groupBy("no_pair_reason").count()),
+        length_fallbacks=sum(row["fallbacks"] for row in by_pair.values()),
+        tokens=tokens,
+        scoring_s=scoring_s,
+        wall_s=wall_s,
+    )
+
+
+def _counts(grouped: DataFrame) -> dict[str, int]:
+    return {str(name): count for name, count in sorted(grouped.collect(), key=str)}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "0"
+
+
+def _median(quantiles: tuple[float, ...]) -> float | None:
+    return quantiles[len(quantiles) // 2] if quantiles else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,398 @@
+"""The MLflow run of a job: what was asked, from which versions, and what came out.
+
+Spoken to from the driver only. A store that cannot be reached stops a job before it starts; one
+that goes away later never costs work: what could not be sent is kept as JSON beside the tables.
+Everything sent is configuration, ids, versions and numbers, never a prompt or a completion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import yaml
+
+from cdr.config import TrackingSpec, content_hash
+from cdr.errors import SetupError
+
+_logger = logging.getLogger(__name__)
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+_MAX_PARAM_CHARS = 6000  # MLflow's limit; Databricks has the same
+_MAX_TAG_CHARS = 5000  # MLflow allows 8000, Databricks fewer
+_BATCH = 100  # parameters or tags in one request
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_METRIC_NAME = re.compile(r"[^\w\-. :/]")
+_NO_TRACKING = "run without it: --set tracking.enabled=false"
+
+
+@dataclass(frozen=True)
+class TableVersion:
+    """A table as a run read or wrote it.
+
+    Args:
+        name: its name among the run's tables, for example `logprobs`.
+        place: path or catalog name.
+        version: Delta version; None for other formats.
+    """
+
+    name: str
+    place: str
+    version: int | None = None
+
+
+class RunTracker:
+    """One MLflow run for the length of a `with` block.
+
+    With tracking off it does nothing, under the same interface. An exception or an exit code ends
+    the run as FAILED, Ctrl-C as KILLED; `end_as` decides where the job ends in good order.
+
+    Args:
+        tracking: where, and whether at all.
+        warehouse: folder or URI of the run's tables.
+        run_name: name in MLflow; the job's own run id.
+        config: the resolved config, JSON-able; becomes parameters, `config.yaml` and a hash.
+        tags: further tags, for example model keys and revisions.
+
+    Raises:
+        SetupError: on entry, if the store cannot be used.
+    """
+
+    def __init__(
+        self,
+        tracking: TrackingSpec,
+        warehouse: str,
+        *,
+        run_name: str,
+        config: Mapping[str, Any],
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self._tracking, self._warehouse, self._run_name = tracking, warehouse, run_name
+        self._config: dict[str, Any] = _redact(config)
+        self._tags = dict(tags or {})
+        self._client: Any = None
+        self._status: RunStatus | None = None
+        self._unsent: list[dict[str, Any]] = []
+        self.uri: str | None = None
+        """Tracking URI in use; None with tracking off."""
+        self.run_id: str | None = None
+        """MLflow's id of the run; None with tracking off."""
+
+    def __enter__(self) -> Self:
+        if not self._tracking.enabled:
+            return self
+        self.uri = resolve_tracking_uri(self._tracking, self._warehouse)
+        try:
+            self._start(self.uri)
+        except Exception as error:  # MLflow, SQLAlchemy and the network each have their own
+            raise SetupError(
+                f"MLflow cannot be used: {_first_line(error)}",
+                where=_redact(self.uri),
+                fix="start the server or correct tracking.uri (or MLFLOW_TRACKING_URI) and "
+                f"tracking.experiment; or {_NO_TRACKING}",
+            ) from None
+        self.log_params(self._config)
+        self._send("config.yaml", self._config, lambda: self._log_text(self._config))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        status: RunStatus
+        if isinstance(error, KeyboardInterrupt):
+            status = "KILLED"
+        elif error is None or isinstance(error, SystemExit):
+            exit_code = None if error is None else error.code
+            status = self._status or ("FAILED" if exit_code else "FINISHED")
+        else:
+            status = "FAILED"
+        self._send("status", status, lambda: self._client.set_terminated(self.run_id, status))
+
+    def end_as(self, status: RunStatus) -> None:
+        """Decide the status of a run that ends without an exception, for example one stopped."""
+        self._status = status
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log what was asked for; nested mappings become dotted names, long values are cut."""
+        flat = [(name, _param_text(value)) for name, value in _leaves(params, ".")]
+
+        def send() -> None:
+            from mlflow.entities import Param
+
+            for start in range(0, len(flat), _BATCH):
+                batch = [Param(*item) for item in flat[start : start + _BATCH]]
+                self._client.log_batch(self.run_id, params=batch)
+
+        self._send("params", dict(flat), send)
+
+    def set_tags(self, tags: Mapping[str, str], *, run_id: str | None = None) -> None:
+        """Set tags on this run or on another one (to link the two)."""
+        cut = {name: str(_redact(text))[:_MAX_TAG_CHARS] for name, text in tags.items()}
+
+        def send() -> None:
+            for name, text in cut.items():
+                self._client.set_tag(run_id or self.run_id, name, text)
+
+        self._send("tags", {"run_id": run_id or self.run_id, **cut}, send)
+
+    def log_metrics(self, metrics: Mapping[str, Any], *, step: int = 0) -> None:
+        """Log the numbers of a nested mapping, under names joined by `/`.
+
+        Args:
+            metrics: leaves that are no finite numbers (None, NaN, texts, lists) are left out.
+            step: for numbers that come again, for example the wave.
+        """
+        now_ms = int(time.time() * 1000)
+        numbers = {
+            _METRIC_NAME.sub("_", name): float(value)
+            for name, value in _leaves(metrics, "/")
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        }
+
+        def send() -> None:
+            from mlflow.entities import Metric
+
+            items = [Metric(name, value, now_ms, step) for name, value in numbers.items()]
+            for start in range(0, len(items), _BATCH):
+                self._client.log_batch(self.run_id, metrics=items[start : start + _BATCH])
+
+        self._send("metrics", {"step": step, **numbers}, send)
+
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        """Log a run's results: all of it as `summary.json`, its numbers as metrics.
+
+        Args:
+            summary: JSON-able; counts per status and domain, quantiles of rewards and margins,
+                length statistics, throughput, warnings.
+        """
+        self.log_metrics(summary)
+        text = json.dumps(_redact(summary), indent=2, ensure_ascii=False)
+        self._send(
+            "summary.json",
+            summary,
+            lambda: self._client.log_text(self.run_id, text, "summary.json"),
+        )
+
+    def log_table(self, table: TableVersion, *, role: Literal["input", "output"]) -> None:
+        """Record that the run read or wrote a table at a version: a data set and a tag."""
+
+        def send() -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            source = {"path": table.place, "delta_table_version": table.version}
+            dataset = Dataset(
+                name=table.name,
+                digest=content_hash(source)[:16],
+                source_type="delta_table" if table.version is not None else "local",
+                source=json.dumps(source),
+            )
+            context = InputTag("mlflow.data.context", role)
+            self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [context])])
+
+        version = "unversioned" if table.version is None else str(table.version)
+        self.set_tags({f"cdr.{role}.{table.name}": f"{table.place}@{version}"})
+        self._send("table", {"role": role, **vars(table)}, send)
+
+    def log_file(self, path: str | Path) -> None:
+        """Keep a copy of a file, for example the HTML report, with the run."""
+        self._send("file", str(path), lambda: self._client.log_artifact(self.run_id, str(path)))
+
+    def ui_command(self) -> str | None:
+        """Give the command that shows the run; None with tracking off."""
+        return None if self.uri is None else ui_command(self.uri)
+
+    def _start(self, uri: str) -> None:
+        # Read when mlflow is imported or first used; anything the user has set wins. The defaults
+        # wait for minutes before they give up on a server, here a quarter of one.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        with _quiet():
+            from mlflow import MlflowClient
+
+            if uri.startswith("sqlite:///"):
+                Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            client = MlflowClient(tracking_uri=uri)
+            experiment = client.get_experiment_by_name(self._tracking.experiment)
+            if experiment is not None:
+                experiment_id = experiment.experiment_id
+            else:
+                # A server knows where its artifacts go; a database file has to be told.
+                location = _artifact_folder(uri)
+                experiment_id = client.create_experiment(
+                    self._tracking.experiment, artifact_location=location
+                )
+            tags = {"cdr.config_hash": content_hash(self._config), **self._tags}
+            commit = git_commit()
+            if commit is not None:
+                tags["mlflow.source.git.commit"] = commit
+            run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)
+        self._client, self.run_id = client, run.info.run_id
+
+    def _log_text(self, config: Mapping[str, Any]) -> None:
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        self._client.log_text(self.run_id, text, "config.yaml")
+
+    def _send(self, what: str, payload: object, send: Callable[[], None]) -> None:
+        """Send, or keep what cannot be sent.
+
+        After a first failure nothing more is tried but the final status: each try could wait for a
+        dead server's timeouts, and the run would be incomplete anyway.
+        """
+        if self._client is None:
+            return
+        problem = "not tried after an earlier failure"
+        if not self._unsent or what == "status":
+            try:
+                send()
+                return
+            except Exception as error:  # the job's work must outlive any store
+                problem = _first_line(error)
+        self._unsent.append({"what": what, "problem": problem, "payload": _redact(payload)})
+        text = json.dumps(self._unsent, indent=2, ensure_ascii=False, default=str)
+        path = _unsent_folder(self._warehouse) / f"{self.run_id}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            _logger.error("%s cannot be kept for MLflow: %s", what, error)
+        if len(self._unsent) == 1:
+            _logger.warning(
+                "MLflow did not take %s (%s); the job goes on, and %s keeps what cannot be sent",
+                what,
+                problem,
+                path,
+            )
+
+
+def resolve_tracking_uri(tracking: TrackingSpec, warehouse: str) -> str:
+    """Decide where MLflow keeps runs and models.
+
+    In this order: the config's uri, MLFLOW_TRACKING_URI, the workspace on Databricks, SQLite in a
+    local warehouse.
+
+    Raises:
+        SetupError: the warehouse is not a local folder and nothing else is said.
+    """
+    if tracking.uri:
+        return tracking.uri
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return os.environ["MLFLOW_TRACKING_URI"]
+    if "DATABRICKS_RUNTIME_VERSION" in os.environ:
+        return "databricks"
+    folder = _local_folder(warehouse)
+    if folder is None:
+        raise SetupError(
+            "tracking.uri: needed where the warehouse is not a local folder",
+            where=_redact(warehouse),
+            fix=f"--set tracking.uri=https://your-mlflow-server, or {_NO_TRACKING}",
+        )
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def ui_command(uri: str) -> str | None:
+    """Give the command that shows a store's runs; None where the store is a server itself."""
+    if uri.startswith(("http://", "https://", "databricks")):
+        return None
+    return f"mlflow ui --backend-store-uri {uri}"
+
+
+def git_commit() -> str | None:
+    """Give the commit this code is at, with `-dirty` where it was changed; None outside git.
+
+    A package installed below somebody else's repository has no commit of its own.
+    """
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "--", "cdr") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _artifact_folder(uri: str) -> str | None:
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns").as_uri()
+
+
+def _local_folder(place: str) -> Path | None:
+    """Give a path or `file:` URI as a folder; None for other URIs."""
+    if place.startswith("file:"):
+        return Path(re.sub("^file:(//)?", "", place)).absolute()
+    return None if re.match(r"^[A-Za-z][\w+.\-]*:/", place) else Path(place).absolute()
+
+
+def _unsent_folder(warehouse: str) -> Path:
+    return (_local_folder(warehouse) or Path.cwd()) / "mlflow-unsent"
+
+
+def _leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _param_text(value: object) -> str:
+    text = str(_redact(value if isinstance(value, str) else json.dumps(value, default=str)))
+    if len(text) <= _MAX_PARAM_CHARS:
+        return text
+    note = " ... (cut: all of it is in config.yaml)"
+    return text[: _MAX_PARAM_CHARS - len(note)] + note
+
+
+def _redact(value: Any) -> Any:
+    """Take user names and passwords out of URIs, at any depth."""
+    if isinstance(value, str):
+        return _USER_INFO.sub("***", value)
+    if isinstance(value, Mapping):
+        return {key: _redact(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_redact(item) for item in value]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return str(_redact(f"{type(error).__name__}: {lines[0]}"))[:500]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold INFO lines back: the first use of a database logs one per migration step."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,109 @@
+r"""Annotate completions with a reward and choose preference pairs.
+
+    spark-submit --properties-file conf/cluster/local.conf \
+        jobs/annotate.py --config conf/annotate/demo.yaml
+
+Reads prompts and completions, routes prompts to domains, scores completions with a strong and a
+weak model, and writes the Delta tables routes, logprobs, rewards, preferences, rejects and runs.
+Run it again to go on after an interruption: only what is missing is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cdr.annotation import AnnotationRun, make_context
+from cdr.cli import OK, run_job
+from cdr.config import load_annotate_config
+from cdr.forecast import assume_routes, forecast
+from cdr.plan import AnnotationPlan, plan_annotation
+from cdr.scoring import plan_waves, plan_work, score_wave
+from cdr.session import get_session
+from cdr.stages import encode, group_prompts, load_candidates, pair, reject, reward, route
+from cdr.tables import Warehouse
+from udfs.encode import ENCODED_DDL, make_encode
+from udfs.route import make_route
+from udfs.score import make_score
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples of --set:\n"
+        "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
+        "  --set reward.routing.mode=none                        no conditioning at all\n"
+        "  --set input.path=my.parquet --set input.format=parquet\n"
+        "  --set pairs.rejected=lowest --set pairs.min_margin=1.0\n"
+        "all keys: docs/reference/config.md\n\n"
+        "exit codes: 0 done, 1 failed, 2 bad config, input or setup, 3 finished above a\n"
+        "threshold of rejected or failed rows, 4 stopped early (run again to go on)",
+    )
+    parser.add_argument("--config", required=True, help="annotate YAML, see conf/annotate/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="count prompts, tokens and what is scored already, estimate the cost; load no model",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="try N prompts; results go to the dataset NAME.limit-N, scores are kept for later",
+    )
+    parser.add_argument(
+        "--max-hours", type=float, metavar="H", help="stop after the wave in flight at this age"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job; give its exit code."""
+    args = parse(arguments)
+    hours = [] if args.max_hours is None else [f"run.max_hours={args.max_hours}"]
+    config = load_annotate_config(args.config, [*args.set, *hours])
+    plan = plan_annotation(config, limit=args.limit)
+    for warning in config.reward.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+    spark = get_session("cdr annotate", warehouse=config.warehouse)
+    warehouse = Warehouse(spark, config.warehouse, config.tables)
+    return dry_run(plan, warehouse) if args.dry_run else annotate(plan, warehouse)
+
+
+def annotate(plan: AnnotationPlan, warehouse: Warehouse) -> int:
+    """Carry a plan out."""
+    with AnnotationRun(plan, warehouse) as run:
+        context = run.context
+        candidates = load_candidates(context)
+        routed = route(group_prompts(candidates), context, make_route)
+        run.check_stop()
+        encoded = encode(routed, context, make_encode(plan.encoding), ENCODED_DDL)
+        work = plan_work(encoded, context)
+        for wave in run.waves(plan_waves(work, context), work):
+            run.committed(wave, score_wave(wave, work, context, make_score, run.counter))
+        rewards = reward(candidates, routed, encoded, run.failures(), context)
+        rejects = reject(candidates, encoded, context)
+        pairs, without = pair(rewards, context, run.mlflow_run_id)
+        run.finish(rewards, rejects, pairs, without, work)
+    return run.exit_code
+
+
+def dry_run(plan: AnnotationPlan, warehouse: Warehouse) -> int:
+    """Say what a run would do."""
+    context = make_context(plan, warehouse)
+    with context.staging:
+        candidates = load_candidates(context)
+        routed = assume_routes(group_prompts(candidates), context)
+        encoded = encode(routed, context, make_encode(plan.encoding), ENCODED_DDL)
+        print(forecast(candidates, routed, plan_work(encoded, context), context))
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

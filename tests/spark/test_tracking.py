@@ -1,0 +1,261 @@
+"""A real MLflow store on SQLite: what a run leaves there, and what happens when it goes away."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from cdr.config import TrackingSpec
+from cdr.errors import SetupError
+from cdr.tracking import RunTracker, TableVersion, git_commit, resolve_tracking_uri, ui_command
+
+CONFIG = {"dataset": "toy", "reward": {"models": {"strong": {"path": "a/b"}}, "terms": []}}
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "DATABRICKS_RUNTIME_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for the module: creating its tables takes seconds."""
+    return tmp_path_factory.mktemp("warehouse")
+
+
+def make_tracker(
+    warehouse: Path | str, spec: TrackingSpec | None = None, config: Any = CONFIG
+) -> RunTracker:
+    return RunTracker(
+        spec or TrackingSpec(), str(warehouse), run_name="run-1", config=config, tags={"k": "v"}
+    )
+
+
+def stored_run(tracker: RunTracker) -> Run:
+    run: Run = MlflowClient(tracking_uri=tracker.uri).get_run(tracker.run_id)
+    return run
+
+
+def artifact(tracker: RunTracker, name: str, folder: Path) -> str:
+    client = MlflowClient(tracking_uri=tracker.uri)
+    path = client.download_artifacts(tracker.run_id, name, str(folder))
+    return Path(path).read_text(encoding="utf-8")
+
+
+def test_a_run_has_config_versions_results_and_files(warehouse: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("<p>9 pairs</p>")
+    summary = {
+        "rows": {"ok": 9, "rejected": {"too_long": 1}},
+        "margin": {"chat & more": {"q50": 2.5, "q99": float("inf")}},
+        "pairs": None,
+        "warnings": ["weak pair"],
+    }
+    with make_tracker(warehouse) as tracker:
+        tracker.log_table(TableVersion("completions", "/data/c", 3), role="input")
+        tracker.log_table(TableVersion("preferences", "cat.db.p", None), role="output")
+        tracker.log_metrics({"tokens_per_s": 10.0}, step=0)
+        tracker.log_metrics({"tokens_per_s": 30.0}, step=1)
+        tracker.log_summary(summary)
+        tracker.log_file(report)
+
+    run = stored_run(tracker)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "run-1"
+    assert run.data.params == {
+        "dataset": "toy",
+        "reward.models.strong.path": "a/b",
+        "reward.terms": "[]",
+    }
+    assert run.data.metrics == {
+        "tokens_per_s": 30.0,
+        "rows/ok": 9.0,
+        "rows/rejected/too_long": 1.0,
+        "margin/chat _ more/q50": 2.5,
+    }
+    assert run.data.tags["k"] == "v"
+    assert run.data.tags["cdr.input.completions"] == "/data/c@3"
+    assert run.data.tags["cdr.output.preferences"] == "cat.db.p@unversioned"
+    assert len(run.data.tags["cdr.config_hash"]) == 64
+    (data, other) = sorted(run.inputs.dataset_inputs, key=lambda item: item.dataset.name)
+    assert data.dataset.name == "completions"
+    assert json.loads(data.dataset.source) == {"path": "/data/c", "delta_table_version": 3}
+    assert [tag.value for tag in other.tags] == ["output"]
+    assert yaml.safe_load(artifact(tracker, "config.yaml", tmp_path)) == CONFIG
+    assert json.loads(artifact(tracker, "summary.json", tmp_path)) == summary
+    assert artifact(tracker, "report.html", tmp_path) == "<p>9 pairs</p>"
+    assert not (warehouse / "mlflow-unsent").exists()
+
+
+def test_the_store_lives_in_the_warehouse_and_the_ui_command_names_it(warehouse: Path) -> None:
+    with make_tracker(warehouse) as tracker:
+        pass
+    assert tracker.uri == f"sqlite:///{warehouse}/mlflow.db"
+    assert tracker.ui_command() == f"mlflow ui --backend-store-uri sqlite:///{warehouse}/mlflow.db"
+    assert (warehouse / "mlflow.db").is_file()
+    assert (warehouse / "mlruns" / str(tracker.run_id)).is_dir()
+    assert ui_command("https://mlflow.example") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "decided", "status"),
+    [
+        (None, None, "FINISHED"),
+        (None, "KILLED", "KILLED"),
+        (ValueError("bad"), None, "FAILED"),
+        (ValueError("bad"), "FINISHED", "FAILED"),
+        (KeyboardInterrupt(), None, "KILLED"),
+        (SystemExit(0), None, "FINISHED"),
+        (SystemExit(3), None, "FAILED"),
+        (SystemExit(4), "KILLED", "KILLED"),
+    ],
+)
+def test_how_the_block_ends_is_the_runs_status(
+    warehouse: Path, error: BaseException | None, decided: Any, status: str
+) -> None:
+    def work() -> None:
+        if decided is not None:
+            tracker.end_as(decided)
+        if error is not None:
+            raise error
+
+    tracker = make_tracker(warehouse)
+    if error is None:
+        with tracker:
+            work()
+    else:
+        with pytest.raises(type(error)), tracker:
+            work()
+    assert stored_run(tracker).info.status == status
+
+
+def test_runs_are_linked_by_a_tag_on_the_other_one(warehouse: Path) -> None:
+    with make_tracker(warehouse) as annotate:
+        pass
+    with make_tracker(warehouse) as policy:
+        policy.set_tags({"cdr.policy_run": str(policy.run_id)}, run_id=annotate.run_id)
+    assert stored_run(annotate).data.tags["cdr.policy_run"] == policy.run_id
+
+
+def test_long_values_are_cut_with_a_note_and_more_than_a_batch_is_taken(
+    warehouse: Path, tmp_path: Path
+) -> None:
+    config = {f"key{number}": number for number in range(250)} | {"pack": "x" * 7000}
+    with make_tracker(warehouse, config=config) as tracker:
+        tracker.log_metrics({f"m{number}": number for number in range(250)})
+    run = stored_run(tracker)
+    assert len(run.data.params) == 251
+    assert len(run.data.metrics) == 250
+    assert len(run.data.params["pack"]) == 6000
+    assert run.data.params["pack"].endswith("(cut: all of it is in config.yaml)")
+    assert yaml.safe_load(artifact(tracker, "config.yaml", tmp_path))["pack"] == "x" * 7000
+
+
+def test_passwords_in_uris_are_not_logged(warehouse: Path, tmp_path: Path) -> None:
+    config = {"tables": {"logprobs": "s3://key:secret@bucket/logprobs"}}
+    with make_tracker(warehouse, config=config) as tracker:
+        pass
+    shown = stored_run(tracker).data.params["tables.logprobs"]
+    assert shown == "s3://***@bucket/logprobs"
+    assert "secret" not in artifact(tracker, "config.yaml", tmp_path)
+
+
+def test_a_store_that_goes_away_costs_no_work(
+    warehouse: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("server gone")
+
+    tracker = make_tracker(warehouse)
+    with tracker:
+        unsent = warehouse / "mlflow-unsent" / f"{tracker.run_id}.json"
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "log_batch", refuse)
+            tracker.log_summary({"rows": {"ok": 9}})
+            tracker.set_tags({"late": "tag"})
+    (message,) = [item.getMessage() for item in caplog.records if item.name == "cdr.tracking"]
+    assert "server gone" in message
+    assert str(unsent) in message
+    kept = json.loads(unsent.read_text())
+    assert [(item["what"], item["payload"]) for item in kept] == [
+        ("metrics", {"step": 0, "rows/ok": 9.0}),
+        ("summary.json", {"rows": {"ok": 9}}),
+        ("tags", {"run_id": tracker.run_id, "late": "tag"}),
+    ]
+    # The status is tried all the same, so that no run is shown as running for ever.
+    assert stored_run(tracker).info.status == "FINISHED"
+
+
+def test_a_server_that_is_down_stops_the_job_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = make_tracker(tmp_path, TrackingSpec(uri="http://me:secret@127.0.0.1:1"))
+    with pytest.raises(SetupError, match=r"tracking\.enabled=false") as caught, tracker:
+        pytest.fail("the work began")
+    assert "secret" not in str(caught.value)
+
+
+def test_without_tracking_nothing_happens_under_the_same_interface(tmp_path: Path) -> None:
+    with make_tracker(tmp_path, TrackingSpec(enabled=False)) as tracker:
+        tracker.log_params({"a": 1})
+        tracker.log_summary({"rows": {"ok": 9}})
+        tracker.log_table(TableVersion("completions", "c", 1), role="input")
+        tracker.log_file(tmp_path / "none.html")
+        tracker.set_tags({"a": "b"})
+    assert (tracker.run_id, tracker.uri, tracker.ui_command()) == (None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    none, given = TrackingSpec(), TrackingSpec(uri="http://given")
+    assert resolve_tracking_uri(none, f"file://{tmp_path}") == f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(SetupError, match=r"tracking\.uri"):
+        resolve_tracking_uri(none, "s3://bucket/warehouse")
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
+    assert resolve_tracking_uri(none, "dbfs:/warehouse") == "databricks"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert resolve_tracking_uri(none, str(tmp_path)) == "http://environment"
+    assert resolve_tracking_uri(given, str(tmp_path)) == "http://given"
+
+
+def test_the_first_use_of_a_database_is_quiet(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from cdr.config import TrackingSpec\n"
+        "from cdr.tracking import RunTracker\n"
+        "with RunTracker(TrackingSpec(), sys.argv[1], run_name='r', config={}) as tracker: pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout + done.stderr == ""
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_the_commit_is_that_of_this_checkout_or_absent() -> None:
+    answer = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    expected = answer.stdout.strip() if answer.returncode == 0 else None
+    commit = git_commit()
+    assert (commit.removesuffix("-dirty") if commit else None) == expected

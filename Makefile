@@ -1,12 +1,83 @@
-# Everything a laptop needs, from an empty folder: Python 3.11+, Java 17 and the package registries.
+# Everything a laptop needs, starting from Python 3.11+, Java 17 and the package registries.
 SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
 PYTHON ?= python3
 WAREHOUSE ?= warehouse/demo
-VENV := .venv
-BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
-REQUIREMENTS := conf/requirements.txt
-# Workers must run the interpreter that has the packages.
+
+BIN := .venv/bin
+READY := .venv/.ready
+CDR_CACHE ?= $(HOME)/.cache/cdr
+MODEL := $(CDR_CACHE)/models/smollm2-135m-instruct/config.json
+CODE := cdr udfs jobs
+SUBMIT := $(BIN)/spark-submit --properties-file conf/cluster/local.conf
+export CDR_CACHE
+# Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
-export PYSPARK_DRIVER_PYTHON := $(abspath $(BIN)/python)
-export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help setup demo test check lint types unit format benchmark docs requirements clean
+
+help: ## Print this
+	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
+	@echo "make test     all tests, as CI runs them"
+	@echo ""
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY) $(MODEL) ## Make .venv with everything, and the demo model
+
+# Python's own venv brings pip, pip brings uv, uv brings the rest: nothing is needed beforehand.
+$(READY): pyproject.toml conf/requirements.txt conf/requirements-no-deps.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1)"; \
+	  echo "  fix: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r conf/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r conf/requirements-no-deps.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+$(MODEL): | $(READY)
+	@$(BIN)/python jobs/make_demo_model.py
+
+java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import find_java; import sys; sys.exit(run_job(lambda: 0 if find_java() else 1))'
+
+demo: setup java ## Annotate the demo input, print what came, and what to try next
+	@$(SUBMIT) jobs/annotate.py --config conf/annotate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
+
+test: setup java ## Lint, types and every tier of tests
+	@$(MAKE) --no-print-directory lint types
+	@$(BIN)/pytest
+
+check: $(READY) ## The inner loop: lint, types, unit tests (about a minute)
+	@$(MAKE) --no-print-directory lint types
+	@$(BIN)/pytest -q tests/unit
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)
+	@$(BIN)/mypy $(CODE)
+
+format: $(READY) ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+benchmark: setup ## Compare the engine with a padded Hugging Face loop, in one run
+	@$(BIN)/python benchmarks/scoring.py
+
+docs: $(READY) ## Write the generated reference pages anew
+	@$(BIN)/python -m cdr.config_reference > docs/reference/config.md
+	@$(BIN)/python -m cdr.tables > docs/reference/tables.md
+
+requirements: $(READY) ## Pin the newest versions that fit conf/requirements-constraints.txt
+	@$(BIN)/uv pip compile --quiet pyproject.toml -c conf/requirements-constraints.txt \
+	  --extra spark --extra training --extra dev --python-version 3.11 \
+	  --no-annotate --no-header --no-emit-index-url -o conf/requirements.txt --upgrade
+
+clean: ## Delete .venv and caches (the warehouse stays)
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

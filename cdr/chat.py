@@ -44,7 +44,7 @@ PLAIN_TEMPLATE = """\
 token. The header ends at the colon because tokenizers join a space to the word that follows."""
 
 FROZEN_DATE = datetime.date(2024, 7, 26)
-"""What templates that print today's date get (Llama 3's own default): ids must not change by day."""
+"""Today, for templates that print the date (Llama 3's own default): ids must not change by day."""
 
 _ROLES = ("system", "user", "assistant")
 # A template's turn markers look like this even where they are ordinary text to the tokenizer.
@@ -123,17 +123,19 @@ class ChatEncoder:
         self._nonce = f"x{secrets.token_hex(12)}x"
         self.bos_id: int | None = tokenizer.bos_token_id
         # Asked of the encoding itself: a tokenizer's options and post-processor may disagree.
-        self._adds_bos = self.bos_id is not None and self.bos_id in self._backend.encode("").ids
+        self._bos_ids = [id_ for id_ in self._backend.encode("").ids if id_ == self.bos_id]
         self.chat_template_text = _template_text(tokenizer, template)
         own = tokenizer.get_chat_template() if tokenizer.chat_template else None
         self.is_own_template = self.chat_template_text == own
         self._read_template()
-        if score_end_of_turn and self.end_of_turn_id is None:
-            raise ConfigError(
-                ["score_end_of_turn: neither template nor tokenizer has an end-of-turn token"],
-                fix="set score_end_of_turn to false",
-            )
-        self._scored_end = (self.end_of_turn_id,) if score_end_of_turn else ()
+        self._scored_end: tuple[int, ...] = ()
+        if score_end_of_turn:
+            if self.end_of_turn_id is None:
+                raise ConfigError(
+                    ["score_end_of_turn: neither template nor tokenizer has an end-of-turn token"],
+                    fix="set score_end_of_turn to false",
+                )
+            self._scored_end = (self.end_of_turn_id,)
 
     @classmethod
     def load(cls, path: str, revision: str | None, *, template: str, **options: Any) -> ChatEncoder:
@@ -165,8 +167,8 @@ class ChatEncoder:
     def encode_prefix(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Encode a prompt, with the header that opens the assistant's turn.
 
-        A leading system message is merged into the user turn after it, as "system\\n\\nuser", where
-        the template has no system role. BOS stands once, at the start, if tokenizer or template
+        Where the template has no system role, a leading system message goes into the user turn
+        after it, an empty line between. BOS stands once, at the start, if tokenizer or template
         adds it.
 
         Args:
@@ -178,9 +180,9 @@ class ChatEncoder:
         """
         text = self._render(self._guard_turns(messages), header=True)
         ids = self._encode(text)
-        if self._adds_bos and ids[0] != self.bos_id:
-            ids = [self.bos_id, *ids]
-        if self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
+        if ids[:1] != self._bos_ids:
+            ids = self._bos_ids + ids
+        if ids[:2] == [self.bos_id, self.bos_id]:
             raise RowRejected(RejectReason.TEMPLATE_REFUSED, "the template renders BOS twice")
         if ids[-len(self._fixed_ids) :] != self._fixed_ids:
             raise RowRejected(
@@ -381,7 +383,8 @@ class ChatEncoder:
                 token["content"] = self._alias(token["id"])
             names[token["content"]] = token["id"]
         tokenizer = Tokenizer.from_str(json.dumps(spec))
-        return tokenizer, {tokenizer.token_to_id(name): id_ for name, id_ in names.items()}
+        added = tokenizer.get_added_tokens_decoder()
+        return tokenizer, {id_: names[token.content] for id_, token in added.items()}
 
     def _alias(self, token_id: int) -> str:
         return f"{self._nonce}{token_id}n"

@@ -154,9 +154,9 @@ def split_pairs(
     return train, test
 
 
-def draw_pairs[T: (PreferencePair, EncodedPair)](
-    pairs: Sequence[T], max_pairs: int | None, seed: int
-) -> list[T]:
+def draw_pairs(
+    pairs: Sequence[EncodedPair], max_pairs: int | None, seed: int
+) -> list[EncodedPair]:
     """Draw pairs so that sections, and the subsets in each, have equal shares.
 
     Args:
@@ -168,18 +168,14 @@ def draw_pairs[T: (PreferencePair, EncodedPair)](
     Returns:
         The drawn pairs, sections and subsets taking turns.
     """
-    queues: dict[str, dict[str, list[T]]] = defaultdict(lambda: defaultdict(list))
-
-    def order(item: T) -> str:
-        pair = item if isinstance(item, PreferencePair) else item.pair
-        return _hash(f"draw {seed} {pair.key}")
-
-    for item in sorted(pairs, key=order):
-        pair = item if isinstance(item, PreferencePair) else item.pair
-        queues[pair.section][pair.subset].append(item)
-    sections = [_take_turns(list(queues[name].values())) for name in sorted(queues)]
-    drawn = list(_take_turns([list(section) for section in sections]))
-    return drawn if max_pairs is None else drawn[:max_pairs]
+    queues: dict[str, dict[str, list[EncodedPair]]] = defaultdict(lambda: defaultdict(list))
+    for item in sorted(pairs, key=lambda item: _hash(f"draw {seed} {item.pair.key}")):
+        queues[item.pair.section][item.pair.subset].append(item)
+    sections = [
+        list(_take_turns([queues[section][subset] for subset in sorted(queues[section])]))
+        for section in sorted(queues)
+    ]
+    return list(_take_turns(sections))[:max_pairs]
 
 
 def encode_pairs(
@@ -300,7 +296,7 @@ def _bundle(pairs: Sequence[PreferencePair]) -> list[str]:
     return [root(prompt) for prompt, _ in names]
 
 
-def _take_turns[T](queues: Sequence[Sequence[T]]) -> Iterator[T]:
+def _take_turns(queues: Sequence[Sequence[EncodedPair]]) -> Iterator[EncodedPair]:
     for turn in range(max(map(len, queues), default=0)):
         for queue in queues:
             if turn < len(queue):

@@ -91,8 +91,11 @@ def resolve_models(reward: RewardSpec, *, only_used: bool = True) -> dict[str, R
 def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
     where = f"models.{role}"
     if spec.engine == "stub":
-        identity: dict[str, object] = {"engine": "stub", "weights": spec.path, "extra": spec.extra}
-        # A stub borrows a real tokenizer when its path is a folder that has one.
+        # A stub has no weights: it borrows the folder's tokenizer, and any text as its adapter
+        # makes another model of it.
+        identity: dict[str, object] = {
+            "engine": "stub", "weights": spec.path, "adapter": spec.adapter, "extra": spec.extra
+        }  # fmt: skip
         return ResolvedModel(
             role, spec, _engine_spec(spec, identity, "float32"), _STUB_VOCABULARY, spec.path
         )

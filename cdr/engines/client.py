@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 import pyarrow as pa
 
@@ -167,7 +167,7 @@ class EngineClient:
     def _ask_status(self, head: Head, doing: str, timeout_s: float | None = None) -> HostStatus:
         reply = self._ask(head, timeout_s=timeout_s)
         if reply is None:
-            self._fail(f"the engine host on {self._device} died while it {doing}")
+            raise self._failure(f"the engine host on {self._device} died while it {doing}")
         engines = tuple(LoadedEngine(**engine) for engine in reply[0]["engines"])
         return HostStatus(reply[0]["pid"], engines)
 
@@ -219,9 +219,10 @@ class EngineClient:
                     return None
             else:
                 if "error" in reply:
-                    self._fail(reply["error"])
+                    raise self._failure(reply["error"])
                 return reply, result
-        self._fail(f"the engine host on {self._device} died {self._deaths_in_a_row} times in a row")
+        what = f"died {self._deaths_in_a_row} times in a row"
+        raise self._failure(f"the engine host on {self._device} {what}")
 
     def _exchange(
         self, head: Head, table: pa.Table | None, timeout_s: float | None
@@ -240,9 +241,10 @@ class EngineClient:
         except ConnectionError as error:
             self.close()
             raise _HostDied(is_running) from error
-        except TimeoutError:
+        except TimeoutError as error:
             self.close()
-            self._fail(f"the engine host on {self._device} gave no reply within {timeout_s:.0f} s")
+            what = f"gave no reply within {timeout_s:.0f} s"
+            raise self._failure(f"the engine host on {self._device} {what}") from error
 
-    def _fail(self, what: str) -> NoReturn:
-        raise EngineError(f"{what}{self._place.log_tail()}")
+    def _failure(self, what: str) -> EngineError:
+        return EngineError(f"{what}{self._place.log_tail()}")

@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 
@@ -187,9 +186,9 @@ class HostPlace:
             is_readable, _, _ = select.select([ready], [], [], timeout_s)
             if not is_readable:
                 os.killpg(process.pid, signal.SIGKILL)
-                self._fail(f"did not start within {timeout_s:.0f} s")
+                raise self._failure(f"did not start within {timeout_s:.0f} s")
             if not ready.read(1):
-                self._fail("died as it started")
+                raise self._failure("died as it started")
 
     def _spawn(self, ready_fd: int, lock_fd: int) -> subprocess.Popen[bytes]:
         num_threads = self._options.num_threads or count_cores()
@@ -215,8 +214,8 @@ class HostPlace:
                 start_new_session=True,
             )
 
-    def _fail(self, what: str) -> NoReturn:
-        raise EngineError(f"the engine host on {self._device} {what}{self.log_tail()}")
+    def _failure(self, what: str) -> EngineError:
+        return EngineError(f"the engine host on {self._device} {what}{self.log_tail()}")
 
 
 def host_folder(device: Device, owner: Owner) -> Path:

@@ -131,11 +131,12 @@ def encode_requests(requests: Sequence[SamplingRequest]) -> pa.Table:
 
 def decode_requests(table: pa.Table) -> list[SamplingRequest]:
     """Undo `encode_requests`."""
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return [
-        SamplingRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-        for row in rows
-    ]
+    return [_request(row) for row in table.to_pylist()]
+
+
+def _request(fields: dict[str, Any]) -> SamplingRequest:
+    ids = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
+    return SamplingRequest(**(fields | ids))
 
 
 def encode_scores(outcomes: Sequence[Sequence[Outcome[TokenLogprobs]]]) -> pa.Table:

@@ -1,0 +1,171 @@
+"""A run killed or stopped at any instant loses at most the wave in flight, and nothing twice."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+
+from .conftest import Job, descendants, make_rows
+
+SLOW = {"delay_s_per_token": 0.01}  # about 0.15 s per completion: waves last seconds
+PROMPTS, CANDIDATES = 24, 2
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], timeout_s: float) -> Any:
+    """Poll until something is there; fail with the job's output when it ends before."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        if process.poll() is not None:
+            assert process.stdout is not None
+            pytest.fail(f"the job ended too early ({process.returncode}): {process.stdout.read()}")
+        time.sleep(0.1)
+    process.kill()
+    pytest.fail("timed out")
+
+
+def in_second_wave(job: Job, process: subprocess.Popen[str]) -> None:
+    """Wait until one wave is committed (creating the table is commit 0) and the next one runs."""
+    wait_for(lambda: job.commits("logprobs") >= 2, process, 240)
+    wait_for(lambda: descendants(process)["host"], process, 60)
+    time.sleep(1.0)
+
+
+def assert_complete(job: Job, num_candidates: int) -> None:
+    """Every candidate has a reward, every log-prob stands once, the last run did only the rest."""
+    rewards = job.rows("rewards")
+    assert len(rewards) == num_candidates
+    assert {row["status"] for row in rewards} == {"ok"}
+    keys = Counter(
+        (row["model_key"], row["prefix_hash"], row["completion_hash"])
+        for row in job.rows("logprobs")
+    )
+    assert len(keys) == 2 * num_candidates  # strong and weak
+    assert set(keys.values()) == {1}
+
+
+def last_run(job: Job) -> dict[str, Any]:
+    return max(job.rows("runs"), key=lambda row: row["started_at"])
+
+
+def counts(run: dict[str, Any]) -> dict[str, int]:
+    return dict(run["counts"])
+
+
+def slow_job(make_job: Callable[..., Job]) -> Job:
+    rows = make_rows(range(PROMPTS), range(CANDIDATES))
+    return make_job(rows, SLOW, wave_tokens=1500, request_tokens=256)
+
+
+@pytest.mark.parametrize("victim", ["driver", "jvm"])
+def test_a_run_killed_in_a_wave_is_finished_by_the_next_with_rows_that_came_in_between(
+    make_job: Callable[..., Job], victim: str
+) -> None:
+    job = slow_job(make_job)
+    process = job.start()
+    in_second_wave(job, process)
+    processes = descendants(process)
+    host = processes["host"][0]
+    processes[victim][0].send_signal(signal.SIGKILL)
+    process.wait(60)
+    gone, alive = psutil.wait_procs([host], timeout=20)
+    assert gone
+    assert not alive, "an engine host outlived its executor"
+
+    committed = len(job.rows("logprobs"))
+    assert 0 < committed < 2 * PROMPTS * CANDIDATES
+    # A third candidate for every prompt, also for those whose bucket was finished.
+    job.add_rows(make_rows(range(PROMPTS), range(CANDIDATES, CANDIDATES + 1)))
+    code, output = job.run()
+    assert code == 0, output
+    assert_complete(job, PROMPTS * (CANDIDATES + 1))
+    assert counts(last_run(job))["logprobs_scored"] == 2 * PROMPTS * (CANDIDATES + 1) - committed
+    killed = min(job.rows("runs"), key=lambda row: row["started_at"])
+    assert (killed["outcome"], killed["ended_at"]) == ("running", None)
+    assert not list((job.warehouse / "_staging").iterdir()), "the dead run's staging was left"
+
+
+@pytest.mark.parametrize("victim", ["worker", "host"])
+def test_a_run_whose_worker_or_engine_host_is_killed_goes_on(
+    make_job: Callable[..., Job], victim: str
+) -> None:
+    job = slow_job(make_job)
+    process = job.start()
+    in_second_wave(job, process)
+    wait_for(lambda: descendants(process)[victim], process, 30)[0].send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_complete(job, PROMPTS * CANDIDATES)
+
+
+def test_sigterm_ends_a_run_in_good_order_and_the_next_goes_on(
+    make_job: Callable[..., Job],
+) -> None:
+    job = slow_job(make_job)
+    process = job.start()
+    in_second_wave(job, process)
+    process.terminate()  # the JVM, as YARN or a shell would
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 4, output
+    assert "stopped: SIGTERM" in output
+    stopped = last_run(job)
+    assert stopped["outcome"] == "stopped"
+    assert stopped["ended_at"] is not None
+    committed = len(job.rows("logprobs"))
+    code, output = job.run()
+    assert code == 0, output
+    assert_complete(job, PROMPTS * CANDIDATES)
+    assert counts(last_run(job))["logprobs_scored"] == 2 * PROMPTS * CANDIDATES - committed
+
+
+def test_max_hours_stops_after_the_wave_in_flight(make_job: Callable[..., Job]) -> None:
+    job = slow_job(make_job)
+    code, output = job.run("--max-hours", "0.0001")
+    assert code == 4, output
+    assert "--max-hours is over" in output
+    assert last_run(job)["outcome"] == "stopped"
+
+
+def test_a_second_run_scores_nothing_and_changes_no_row(make_job: Callable[..., Job]) -> None:
+    job = make_job(make_rows(range(4), range(3)))
+    code, output = job.run()
+    assert code == 0, output
+    first = {row["prompt_id"]: row["chosen_id"] for row in job.rows("preferences")}
+    assert len(first) == 4
+    code, output = job.run()
+    assert code == 0, output
+    assert "nothing to score, all 24 were in the store" in output
+    assert counts(last_run(job))["logprobs_scored"] == 0
+    assert {row["prompt_id"]: row["chosen_id"] for row in job.rows("preferences")} == first
+
+
+def test_a_completion_that_kills_its_engine_fails_alone_and_the_exit_code_says_so(
+    make_job: Callable[..., Job],
+) -> None:
+    rows = make_rows(range(6), range(2))
+    rows[3]["completion"] += " zebra"
+    from transformers import AutoTokenizer
+
+    job = make_job(rows)
+    import yaml
+
+    config = yaml.safe_load(job.config.read_text())
+    folder = config["reward"]["models"]["strong"]["path"]
+    (token,) = AutoTokenizer.from_pretrained(folder).encode(" zebra")[-1:]
+    config["reward"]["models"]["strong"]["extra"] = {"kill_token": token}
+    job.config.write_text(yaml.safe_dump(config))
+    code, output = job.run()
+    assert code == 3, output
+    failed = [row for row in job.rows("rewards") if row["status"] == "failed"]
+    assert [row["completion_id"] for row in failed] == [rows[3]["completion_id"]]
+    assert failed[0]["error"].startswith("engine_died_twice")
+    assert len(job.rows("rewards")) == 12
+    assert last_run(job)["outcome"] == "over_threshold"

@@ -329,7 +329,7 @@ class PairSpec(_Spec):
 
     rejected: Literal["random", "lowest", "second_best", "dice"] = Field(
         "random",
-        description="`random`: any other candidate in the length window; `lowest`; `second_best`; "
+        description="`random`: any other eligible candidate in the length window; `lowest`; `second_best`; "
         "`dice`: chosen and rejected are best and worst of reward − dice_alpha · characters.",
     )
     length_window: LengthWindowSpec = LengthWindowSpec()

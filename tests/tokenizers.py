@@ -62,7 +62,8 @@ LLAMA3_TEMPLATE = """\
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}\
 {{ message['content'] | trim + '<|eot_id|>' }}\
 {% endfor %}\
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+{% if add_generation_prompt %}\
+{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 """Llama-3.2-Instruct without tools: content is trimmed, today's date is in the system turn."""
 
 CHATML_TEMPLATE = """\

@@ -328,7 +328,11 @@ def test_the_key_changes_with_every_text_that_decides_rendering() -> None:
         tree[path[-1]] += " More."
 
     safety = shipped_tree()["domains"]["safety"]
-    edits = [("layout", "criteria"), ("layout", "user_turn"), ("layout", "system_turn")]
+    edits: list[tuple[str, ...]] = [
+        ("layout", "criteria"),
+        ("layout", "user_turn"),
+        ("layout", "system_turn"),
+    ]
     edits += [("domains", "safety", "instructions", name) for name in safety["instructions"]]
     edits += [
         ("domains", "safety", "exemplars", name, part)

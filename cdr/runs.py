@@ -1,7 +1,7 @@
 """A job's run: its row in `runs`, and the signals that end it in good order.
 
-The row is written when the run starts and again after every wave, so `runs` says how far a run
-came even when it was killed; such a run keeps the outcome `running` without an end.
+The row is written when the run starts and again between waves, so `runs` says how far a run came
+even when it was killed; such a run keeps the outcome `running` without an end.
 """
 
 from __future__ import annotations
@@ -52,23 +52,36 @@ class RunRecord:
 
 
 class RunLog:
-    """Writes a run's row, and again whenever it changes."""
+    """Writes a run's row when it starts, when it ends, and now and then in between.
 
-    def __init__(self, warehouse: Warehouse, record: RunRecord) -> None:
+    Args:
+        warehouse: where `runs` is.
+        record: the row at the start.
+        interval_s: seconds between two writes at least; a commit per wave would be a large part of
+            a short run's time.
+    """
+
+    def __init__(self, warehouse: Warehouse, record: RunRecord, interval_s: float = 30.0) -> None:
         self._warehouse = warehouse
+        self._interval_s = interval_s
         self.record = record
         self._write()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the record and write it."""
+        """Change fields of the record; write it if the last write is long enough ago."""
         self.record = replace(self.record, **changes)
-        self._write()
+        if time.monotonic() >= self._next_write:
+            self._write()
 
     def end(self, outcome: str, *, error: str | None = None, **changes: Any) -> None:
         """Write the outcome and the time."""
-        self.update(outcome=outcome, error=error, ended_at=dt.datetime.now(dt.UTC), **changes)
+        self.record = replace(
+            self.record, outcome=outcome, error=error, ended_at=dt.datetime.now(dt.UTC), **changes
+        )
+        self._write()
 
     def _write(self) -> None:
+        self._next_write = time.monotonic() + self._interval_s
         values = {name: getattr(self.record, name) for name in RUNS.names()}
         values["counts"] = dict(values["counts"])
         values["input_versions"] = dict(values["input_versions"])

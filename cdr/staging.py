@@ -71,8 +71,10 @@ class Staging:
         path = self._path(owner_file)
         if not self._files(path).exists(path):
             return False
-        rows = self._spark.read.text(owner_file).collect()  # one short line
-        owner = json.loads("".join(row[0] for row in rows))
+        assert self._spark._jvm is not None
+        stream = self._files(path).open(path)
+        owner = json.loads(self._spark._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+        stream.close()
         if owner["host"] != socket.gethostname():
             return False
         try:

@@ -160,7 +160,10 @@ def descendants(process: subprocess.Popen[str]) -> dict[str, list[psutil.Process
     jvm = psutil.Process(process.pid)
     found: dict[str, list[psutil.Process]] = {"jvm": [jvm], "driver": [], "worker": [], "host": []}
     for child in jvm.children(recursive=True):
-        command = " ".join(child.cmdline())
+        try:
+            command = " ".join(child.cmdline())
+        except psutil.Error:  # it ended meanwhile
+            continue
         if "jobs/annotate.py" in command:
             found["driver"].append(child)
         elif "pyspark.daemon" in command and child.parent() != jvm:

@@ -17,7 +17,6 @@ Out of scope: full fine-tuning, quantised bases, tuning on more than one machine
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -25,7 +24,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +32,7 @@ import torch
 
 from cdr import dpo_report
 from cdr.chat import ChatEncoder
+from cdr.dpo_config import RunOptions, TrainingConfig, hash_model
 from cdr.dpo_data import (
     EncodedPair,
     count_by,
@@ -53,92 +53,6 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 HEAD_ROWS: Final = 128
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """What decides the adapter: a checkpoint continues only under an equal one.
-
-    Args:
-        base_name: neutral name of the start model, written into the adapter.
-        base_hash: hash of the start model's weights and tokenizer.
-        pairs_hash: hash of all pairs read, held-out ones included.
-        max_length: tokens of prompt and longer answer, at most.
-        max_pairs: training pairs drawn at most; None for all.
-        holdout_fraction: share of prompts per section that is not trained on.
-        epochs: passes over the training pairs.
-        batch_size: pairs per optimizer step, over all processes.
-        learning_rate: AdamW's peak rate; linear warm-up over a tenth of the steps, then linear
-            decay to 0.
-        beta: weight of the log-ratio in the loss; smaller lets the model move further.
-        rank: of the LoRA matrices, on every linear layer but the head; alpha is twice the rank.
-        seed: draws pairs, their order and the adapter's first weights.
-        dtype: of the start model's weights and of the matrix products; the adapter is float32.
-        processes: how many share a step (their number changes which pair is in which step).
-    """
-
-    base_name: str
-    base_hash: str
-    pairs_hash: str
-    max_length: int
-    max_pairs: int | None
-    holdout_fraction: float
-    epochs: float
-    batch_size: int
-    learning_rate: float
-    beta: float
-    rank: int
-    seed: int
-    dtype: str
-    processes: int
-
-    def check_same(self, recorded: Path) -> None:
-        """Refuse to continue what another configuration has begun.
-
-        Args:
-            recorded: JSON file with the configuration of what lies there.
-
-        Raises:
-            ConfigError: names every key that differs, with both values.
-        """
-        before = json.loads(recorded.read_text("utf-8"))
-        now = asdict(self)
-        different = [
-            f"{key}: expected {before.get(key)!r} as in the checkpoint, got {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if different:
-            raise ConfigError(
-                different,
-                where=str(recorded),
-                fix="give the same options to continue, or another --output to start anew",
-            )
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What may change from one start of a run to the next.
-
-    Args:
-        model: folder or hub id of the start model.
-        pairs: files and folders of preference tables.
-        output: adapter folder to write.
-        command: the command line, without machine paths, for the model card.
-        max_hours: stop at a checkpoint after this long; None for no limit.
-        threads: torch threads per process; None leaves torch's choice.
-        save_steps: optimizer steps between checkpoints.
-        keep_checkpoints: leave them when the training has ended.
-    """
-
-    model: str
-    pairs: tuple[Path, ...]
-    output: Path
-    command: str
-    max_hours: float | None
-    threads: int | None
-    save_steps: int
-    keep_checkpoints: bool
-
-
 def choose_dtype() -> str:
     """Choose bfloat16 where the machine multiplies in it (a GPU, AMX, AVX512-BF16), or float32."""
     if torch.cuda.is_available():
@@ -146,22 +60,6 @@ def choose_dtype() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text("utf-8") if cpuinfo.exists() else ""
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
-def hash_model(folder: Path) -> str:
-    """Hash a model folder's weights, configuration and tokenizer files.
-
-    Raises:
-        ModelError: the folder has no safetensors weights.
-    """
-    files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError("the start model's folder has no .safetensors weights", where=str(folder))
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
-    return total.hexdigest()
 
 
 def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
@@ -180,11 +78,11 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
         ModelError: the start model cannot be used.
     """
     started = time.monotonic()
-    folder = Path(options.model).expanduser()
+    folder = options.model.expanduser()
     if not folder.is_dir():
         raise ModelError(
-            "the start model must be a local folder",
-            where=options.model,
+            "the start model must be a folder on this machine",
+            where=str(folder),
             fix="make the demo model with: python -m jobs.make_demo_model",
         )
     if options.threads:
@@ -197,12 +95,12 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
         **hyper,
     )
     checkpoints = options.output / CHECKPOINTS
-    recorded = [checkpoints / CONFIG_FILE, options.output / METRICS_FILE]
-    for path in recorded:
-        if path.exists():
-            _check_recorded(config, path)
-    if (options.output / METRICS_FILE).exists():
-        metrics: dict[str, Any] = json.loads((options.output / METRICS_FILE).read_text("utf-8"))
+    metrics_file = options.output / METRICS_FILE
+    if (checkpoints / CONFIG_FILE).exists():
+        config.check_same(_read_json(checkpoints / CONFIG_FILE), checkpoints / CONFIG_FILE)
+    if metrics_file.exists():
+        metrics = _read_json(metrics_file)
+        config.check_same(metrics["config"], metrics_file)
         if metrics["training"]["finished"]:
             return metrics
 
@@ -247,26 +145,10 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
         "command": options.command,
     }
     (options.output / "README.md").write_text(dpo_report.render_card(metrics), "utf-8")
-    (options.output / METRICS_FILE).write_text(_to_json(metrics), "utf-8")
+    metrics_file.write_text(_to_json(metrics), "utf-8")
     if training["finished"] and not options.keep_checkpoints:
         shutil.rmtree(checkpoints)
     return metrics
-
-
-def _check_recorded(config: TrainingConfig, path: Path) -> None:
-    """Compare with checkpoints' own file, or with the configuration inside metrics.json."""
-    if path.name == CONFIG_FILE:
-        config.check_same(path)
-        return
-    content = json.loads(path.read_text("utf-8"))["config"]
-    if content != asdict(config):
-        # The same message as for a checkpoint, from a file that holds the configuration alone.
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / path.name
-            copy.write_text(json.dumps(content), "utf-8")
-            config.check_same(copy)
 
 
 def _make_trainer(
@@ -306,16 +188,18 @@ def _make_trainer(
             ratio = score_packed(model, inputs) - self.start_logprobs[index]
             margin = config.beta * (ratio[0] - ratio[1])
             logged = self._metrics["train"]
-            logged["rewards/accuracies"].append(float(margin > 0))
-            logged["rewards/margins"].append(float(margin))
-            logged["rewards/chosen"].append(config.beta * float(ratio[0]))
+            logged["rewards/accuracies"].append(float(margin.item() > 0))
+            logged["rewards/margins"].append(margin.item())
+            logged["rewards/chosen"].append(config.beta * ratio[0].item())
             return -torch.nn.functional.logsigmoid(margin)
 
     accumulation, rest = divmod(config.batch_size, config.processes)
     if rest or not accumulation:
         raise ConfigError(
-            [f"batch_size: must be a multiple of the {config.processes} processes"]
-            + [f"got {config.batch_size}"]
+            [
+                f"batch_size: must be a multiple of the {config.processes} processes, "
+                f"got {config.batch_size}"
+            ]
         )
     steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
     bf16 = config.dtype == "bfloat16"
@@ -336,7 +220,7 @@ def _make_trainer(
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=False,
-        logging_steps=5,
+        logging_steps=4,
         logging_first_step=True,
         save_steps=options.save_steps,
         save_total_limit=2,
@@ -451,9 +335,7 @@ def _collate_one(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tenso
     return {**packed, "index": torch.tensor(row["index"])}
 
 
-def _train(
-    trainer: Any, checkpoints: Path, started: float, options: RunOptions
-) -> dict[str, Any]:
+def _train(trainer: Any, checkpoints: Path, started: float, options: RunOptions) -> dict[str, Any]:
     """Run the trainer to its end or to the time limit, from the last checkpoint if there is one."""
     from transformers import TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
@@ -574,6 +456,11 @@ def _num_tokens(item: EncodedPair) -> int:
 
 def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "none"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
 
 
 def _to_json(value: object) -> str:

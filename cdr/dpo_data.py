@@ -154,9 +154,7 @@ def split_pairs(
     return train, test
 
 
-def draw_pairs(
-    pairs: Sequence[EncodedPair], max_pairs: int | None, seed: int
-) -> list[EncodedPair]:
+def draw_pairs(pairs: Sequence[EncodedPair], max_pairs: int | None, seed: int) -> list[EncodedPair]:
     """Draw pairs so that sections, and the subsets in each, have equal shares.
 
     Args:

@@ -9,9 +9,11 @@ length alone would reach: an accuracy that does not beat it shows nothing. Pure 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from cdr.dpo_data import EncodedPair
@@ -77,7 +79,9 @@ def summarize(pairs: Sequence[HeldOutPair]) -> dict[str, dict[str, Any]]:
         with its own, `longer_wins` (accuracy of "more tokens is better", a tie being wrong), and
         `subsets` (n and accuracy_sum each).
     """
-    sections = {name: [p for p in pairs if p.section == name] for name in {p.section for p in pairs}}
+    sections = {
+        name: [p for p in pairs if p.section == name] for name in {p.section for p in pairs}
+    }
     result = {name: _summarize_section(sections[name]) for name in sorted(sections)}
     result[ALL_SECTIONS] = _summarize_section(pairs)
     del result[ALL_SECTIONS]["subsets"]
@@ -91,6 +95,18 @@ def count_sources(pairs: Iterable[EncodedPair]) -> list[dict[str, Any]]:
         {"source": source, "license": license_, "pairs": number}
         for (source, license_), number in sorted(counts.items(), key=lambda c: (-c[1], c[0]))
     ]
+
+
+def describe_command(argv: Sequence[str]) -> str:
+    """Give the training's command line for the card, absolute paths cut to their last part.
+
+    Args:
+        argv: the arguments behind the job's name.
+    """
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    return " ".join([start, "-m jobs.train_dpo", *words])
 
 
 def render_table(held_out: Mapping[str, Mapping[str, Any]]) -> str:
@@ -146,25 +162,21 @@ of this size is often wrong, and its refusals are no protection.
 {metrics["command"]}
 ```
 
-DPO (arXiv 2305.18290) with TRL, LoRA of rank {config["rank"]} on every linear layer, seed \
-{config["seed"]}, {data["train_pairs"]} pairs
-({data["train_tokens"]} tokens), {config["batch_size"]} pairs per step, learning rate \
-{config["learning_rate"]}, beta {config["beta"]},
-{config["dtype"]}. {end}; {training["steps"]} of {training["planned_steps"]} steps done.
-
-Pairs longer than {config["max_length"]} tokens (prompt and longer answer) were left out, never cut. \
-Left out of the
-training pairs: {left_out or "none"}; of the held-out pairs: {left_out_test or "none"}. Of the pairs \
-that fit,
-{data["not_drawn"]} were not drawn (sections and subsets have equal shares as far as they reach).
+- Method: DPO (arXiv 2305.18290) with TRL; LoRA of rank {config["rank"]} on every linear layer but
+  the head; beta {config["beta"]}, learning rate {config["learning_rate"]}, seed {config["seed"]}.
+- Length: {data["train_pairs"]} pairs ({data["train_tokens"]} tokens), {config["batch_size"]} per
+  step. {end}; {training["steps"]} of {training["planned_steps"]} steps are done.
+- Pairs longer than {config["max_length"]} tokens (prompt and longer answer) are left out, never
+  cut. Left out of the training pairs: {left_out or "none"}; of the held-out ones:
+  {left_out_test or "none"}. Of those that fit, {data["not_drawn"]} were not drawn (sections, and
+  the subsets in them, have equal shares as far as they reach).
 
 ## Held-out pairs
 
-Reward of an answer: log p_tuned − log p_start, as a sum over its tokens or per token. A pair is right
-when the chosen answer's is strictly higher. Held-out prompts ({config["holdout_fraction"]:.0%} of each \
-section's, by hash)
-share neither prompt nor group with a training pair. Intervals are Wilson's. "Longer wins" is what
-choosing the answer with more tokens reaches.
+Reward of an answer: log p_tuned − log p_start, as a sum over its tokens or per token. A pair is
+right when the chosen answer's is strictly higher. {config["holdout_fraction"]:.0%} of each
+section's prompts are held out by hash; they share neither prompt nor group with a training pair.
+Intervals are Wilson's. "Longer wins" is what choosing the answer with more tokens reaches.
 
 {render_table(metrics["held_out"])}
 

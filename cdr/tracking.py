@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,10 +390,15 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold INFO lines back: the first use of a database logs one per migration step."""
+    """Hold back what a store's own libraries say on first use.
+
+    A new database logs one line per migration step, and MLflow's mappers deprecation warnings.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
         logging.disable(before)

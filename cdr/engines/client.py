@@ -11,20 +11,17 @@ kill it: those fail, the others are scored. One client serves one thread.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self
 
-import pyarrow as pa
-
 from cdr.engines import wire
 from cdr.engines.base import EngineSpec, Sample, SamplingRequest, ScoringGroup, TokenLogprobs
 from cdr.engines.device import Device
 from cdr.engines.launch import HostOptions, HostPlace
-from cdr.engines.wire import Group, Head, Outcome, Value
+from cdr.engines.wire import Group, Head, Outcome, Payload, Value
 from cdr.errors import EngineError, FailReason
 
 
@@ -122,7 +119,7 @@ class EngineClient:
 
         def ask(part: Sequence[ScoringGroup]) -> list[list[Outcome[TokenLogprobs]]] | None:
             reply = self._ask(head, wire.encode_groups(part))
-            return reply and wire.decode_scores(reply[1], part)
+            return reply and wire.decode_scores(reply, part)
 
         return self._survive(ask, groups) if groups else []
 
@@ -134,7 +131,7 @@ class EngineClient:
 
         def ask(part: Sequence[SamplingRequest]) -> list[list[Outcome[Sample]]] | None:
             reply = self._ask(head, wire.encode_requests(part))
-            return reply and wire.decode_samples(reply[1], part)
+            return reply and wire.decode_samples(reply, part)
 
         return self._survive(ask, requests) if requests else []
 
@@ -144,12 +141,14 @@ class EngineClient:
 
     def shutdown(self) -> None:
         """End the host, if there is one, once earlier requests are done; wait until it is gone."""
-        with contextlib.suppress(ConnectionError, FileNotFoundError):
+        try:
             self._connection = self._connection or self._place.open()
             self._connection.settimeout(None)
             wire.send(self._connection, {"op": "shutdown"})
             while self._connection.recv(4096):
                 pass
+        except (ConnectionError, FileNotFoundError):
+            self._place.clear()
         self.close()
 
     def close(self) -> None:
@@ -201,15 +200,15 @@ class EngineClient:
         return [[Outcome(None, FailReason.ENGINE_DIED_TWICE)]]
 
     def _ask(
-        self, head: Head, table: pa.Table | None = None, *, timeout_s: float | None = None
-    ) -> tuple[Head, pa.Table] | None:
+        self, head: Head, payload: Payload | None = None, *, timeout_s: float | None = None
+    ) -> Payload | None:
         """Exchange a request for its reply; None when the host died while it ran the request.
 
         A request that was still waiting when the host died is sent again.
         """
         while self._deaths_in_a_row < self._options.max_deaths_in_a_row:
             try:
-                reply, result = self._exchange(head, table, timeout_s)
+                reply = self._exchange(head, payload, timeout_s)
             except _HostDied as death:
                 self._deaths_in_a_row += 1
                 if head.get("engine"):
@@ -218,25 +217,23 @@ class EngineClient:
                 if death.was_running:
                     return None
             else:
-                if "error" in reply:
-                    raise self._failure(reply["error"])
-                return reply, result
+                if "error" in reply[0]:
+                    raise self._failure(reply[0]["error"])
+                return reply
         what = f"died {self._deaths_in_a_row} times in a row"
         raise self._failure(f"the engine host on {self._device} {what}")
 
-    def _exchange(
-        self, head: Head, table: pa.Table | None, timeout_s: float | None
-    ) -> tuple[Head, pa.Table]:
+    def _exchange(self, head: Head, payload: Payload | None, timeout_s: float | None) -> Payload:
         is_running = False
         try:
             self._connection = self._connection or self._place.open_or_start()
             self._connection.settimeout(timeout_s)
-            wire.send(self._connection, head, table)
+            wire.send(self._connection, head, payload)
             with self._connection.makefile("rb") as stream:
                 while True:
-                    reply, result = wire.receive(stream)
-                    if not reply.get("running"):
-                        return reply, result
+                    reply = wire.receive(stream)
+                    if not reply[0].get("running"):
+                        return reply
                     is_running = True
         except ConnectionError as error:
             self.close()

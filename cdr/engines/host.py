@@ -32,7 +32,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import psutil
-import pyarrow as pa
 
 from cdr.engines import wire
 from cdr.engines.base import (
@@ -45,7 +44,7 @@ from cdr.engines.base import (
     make_engine,
 )
 from cdr.engines.launch import SOCKET, Owner
-from cdr.engines.wire import Group, Head, Outcome, Value
+from cdr.engines.wire import Group, Head, Outcome, Payload, Value
 from cdr.errors import FailReason
 
 _WATCH_S = 1.0
@@ -118,14 +117,14 @@ class EngineHost:
         """Serve one client until it leaves."""
         with connection, connection.makefile("rb") as stream, contextlib.suppress(ConnectionError):
             while True:
-                head, table = wire.receive(stream)
-                if head["op"] == "status":  # answered at once, also while models load
+                payload = wire.receive(stream)
+                if payload[0]["op"] == "status":  # answered at once, also while models load
                     wire.send(connection, self._status())
                     continue
                 with self._activity:
                     self._open_requests += 1
                 try:
-                    turn = self._turns.submit(self._take_turn, connection, head, table)
+                    turn = self._turns.submit(self._take_turn, connection, payload)
                     wire.send(connection, *turn.result())
                 finally:
                     with self._activity:
@@ -133,8 +132,8 @@ class EngineHost:
                         self._last_request = time.monotonic()
 
     def _take_turn(
-        self, connection: socket.socket, head: Head, table: pa.Table
-    ) -> tuple[Head, pa.Table | None]:
+        self, connection: socket.socket, payload: Payload
+    ) -> tuple[Head, Payload | None]:
         """Serve one request; whatever is wrong with it becomes the reply's `error`.
 
         Clients are told when a request begins to run: if this process then dies, that request and
@@ -142,6 +141,7 @@ class EngineHost:
         """
         if _is_gone(connection):
             raise ConnectionError("the client left before its turn")
+        head, _ = payload
         try:
             match head["op"]:
                 case "shutdown":
@@ -154,11 +154,11 @@ class EngineHost:
                     return self._status(), None
                 case "score":
                     engine = self._begin(connection, head)
-                    scores = answer(partial(score, engine), wire.decode_groups(table))
+                    scores = answer(partial(score, engine), wire.decode_groups(payload))
                     return {}, wire.encode_scores(scores)
                 case "generate":
                     engine = self._begin(connection, head)
-                    samples = answer(partial(generate, engine), wire.decode_requests(table))
+                    samples = answer(partial(generate, engine), wire.decode_requests(payload))
                     return {}, wire.encode_samples(samples)
                 case op:
                     raise ValueError(f"no such request: {op}")

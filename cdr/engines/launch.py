@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -148,6 +149,14 @@ class HostPlace:
                     return self.open()  # another client started it while this one waited
                 if os.path.samestat(os.fstat(lock_fd), os.stat(self._folder / LOCK)):
                     self._start(lock_fd)
+
+    def clear(self) -> None:
+        """Remove the folder of a host that was killed; does nothing where one runs."""
+        with contextlib.suppress(FileNotFoundError), self._start_lock():
+            try:
+                self.open().close()
+            except (ConnectionError, FileNotFoundError):
+                shutil.rmtree(self._folder)
 
     def log_tail(self) -> str:
         """Give the last lines of the host's log, to end an error message with."""

@@ -24,6 +24,7 @@ from cdr.errors import FailReason
 Group = TypeVar("Group", ScoringGroup, SamplingRequest)
 Value = TypeVar("Value")
 Head = dict[str, Any]
+Payload = tuple[Head, pa.Table]
 
 _HEAD = b"head"
 
@@ -58,14 +59,19 @@ def part(group: Group, start: int, stop: int) -> Group:
     return replace(group, **items)
 
 
-def send(connection: socket.socket, head: Head, table: pa.Table | None = None) -> None:
+def send(connection: socket.socket, head: Head, payload: Payload | None = None) -> None:
     """Send one message.
+
+    Args:
+        connection: where to.
+        head: anything that JSON can say.
+        payload: encoded groups, requests, scores or samples.
 
     Raises:
         ConnectionError: the peer is gone.
     """
-    table = pa.table({}) if table is None else table
-    schema = table.schema.with_metadata({_HEAD: json.dumps(head)})
+    payload_head, table = payload or ({}, _table())
+    schema = table.schema.with_metadata({_HEAD: json.dumps(head | payload_head)})
     # Encoded in full before the first byte leaves: an error here cannot leave half a message.
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
@@ -73,8 +79,8 @@ def send(connection: socket.socket, head: Head, table: pa.Table | None = None) -
     connection.sendall(sink.getvalue())
 
 
-def receive(stream: BinaryIO) -> tuple[Head, pa.Table]:
-    """Read one message, waiting for it.
+def receive(stream: BinaryIO) -> Payload:
+    """Read one message, waiting for it; what was sent is in its head and its table.
 
     Raises:
         ConnectionError: the peer is gone, before the message or in the middle of it.
@@ -89,138 +95,126 @@ def receive(stream: BinaryIO) -> tuple[Head, pa.Table]:
     return json.loads(table.schema.metadata[_HEAD]), table
 
 
-def encode_groups(groups: Sequence[ScoringGroup]) -> pa.Table:
+def encode_groups(groups: Sequence[ScoringGroup]) -> Payload:
     """Lay groups out as `prefix_ids: list<int32>, completions_ids: list<list<int32>>`."""
-    completions = [ids for group in groups for ids in group.completions_ids]
-    return pa.table(
-        {
-            "prefix_ids": _ragged([group.prefix_ids for group in groups], np.int32),
-            "completions_ids": pa.ListArray.from_arrays(
-                _offsets(len(group.completions_ids) for group in groups),
-                _ragged(completions, np.int32),
-            ),
-        }
+    completions = _ragged([ids for group in groups for ids in group.completions_ids], np.int32)
+    bounds = _array(_bounds(map(num_items, groups)))
+    return {}, _table(
+        prefix_ids=_ragged([group.prefix_ids for group in groups], np.int32),
+        completions_ids=pa.ListArray.from_arrays(bounds, completions),
     )
 
 
-def decode_groups(table: pa.Table) -> list[ScoringGroup]:
+def decode_groups(payload: Payload) -> list[ScoringGroup]:
     """Undo `encode_groups`."""
-    prefixes, nested = _column(table, "prefix_ids"), _column(table, "completions_ids")
-    completions = [tuple(ids.tolist()) for ids in _rows(nested.values)]
+    _, table = payload
+    nested = table["completions_ids"].combine_chunks()
+    completions = _tuples(nested.values)
+    bounds = np.from_dlpack(nested.offsets).tolist()
     return [
-        ScoringGroup(tuple(prefix.tolist()), tuple(completions[start:stop]))
-        for prefix, (start, stop) in zip(
-            _rows(prefixes), pairwise(nested.offsets.to_pylist()), strict=True
+        ScoringGroup(prefix_ids, tuple(completions[start:stop]))
+        for prefix_ids, (start, stop) in zip(
+            _tuples(table["prefix_ids"]), pairwise(bounds), strict=True
         )
     ]
 
 
-def encode_requests(requests: Sequence[SamplingRequest]) -> pa.Table:
-    """Lay sampling requests out, one column per field."""
-    return pa.table(
-        {
-            "prefix_ids": _ragged([request.prefix_ids for request in requests], np.int32),
-            "seeds": _ragged([request.seeds for request in requests], np.int64),
-            "max_new_tokens": [request.max_new_tokens for request in requests],
-            "temperature": [float(request.temperature) for request in requests],
-            "top_p": [float(request.top_p) for request in requests],
-            "stop_ids": _ragged([request.stop_ids for request in requests], np.int32),
-        }
+def encode_requests(requests: Sequence[SamplingRequest]) -> Payload:
+    """Lay sampling requests out: ids and seeds in columns, the settings in the head."""
+    settings = [[r.max_new_tokens, r.temperature, r.top_p] for r in requests]
+    return {"settings": settings}, _table(
+        prefix_ids=_ragged([request.prefix_ids for request in requests], np.int32),
+        seeds=_ragged([request.seeds for request in requests], np.int64),
+        stop_ids=_ragged([request.stop_ids for request in requests], np.int32),
     )
 
 
-def decode_requests(table: pa.Table) -> list[SamplingRequest]:
+def decode_requests(payload: Payload) -> list[SamplingRequest]:
     """Undo `encode_requests`."""
-    return [_request(row) for row in table.to_pylist()]
+    head, table = payload
+    columns = (_tuples(table[name]) for name in ("prefix_ids", "seeds", "stop_ids"))
+    return [
+        SamplingRequest(prefix_ids, seeds, max_new_tokens, temperature, top_p, stop_ids)
+        for (max_new_tokens, temperature, top_p), prefix_ids, seeds, stop_ids in zip(
+            head["settings"], *columns, strict=True
+        )
+    ]
 
 
-def _request(fields: dict[str, Any]) -> SamplingRequest:
-    ids = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
-    return SamplingRequest(**(fields | ids))
-
-
-def encode_scores(outcomes: Sequence[Sequence[Outcome[TokenLogprobs]]]) -> pa.Table:
-    """Lay scores out flat, one row per completion: `logprobs: list<float>, error, detail`."""
+def encode_scores(outcomes: Sequence[Sequence[Outcome[TokenLogprobs]]]) -> Payload:
+    """Lay scores out flat, one row of `logprobs: list<float>` per completion."""
     flat = [outcome for group in outcomes for outcome in group]
-    empty = np.empty(0, np.float32)
-    values = [empty if outcome.value is None else outcome.value for outcome in flat]
-    return pa.table({"logprobs": _ragged(values, np.float32), **_failures(flat)})
+    rows = [() if outcome.value is None else outcome.value for outcome in flat]
+    return _failures(flat), _table(logprobs=_ragged(rows, np.float32))
 
 
 def decode_scores(
-    table: pa.Table, groups: Sequence[ScoringGroup]
+    payload: Payload, groups: Sequence[ScoringGroup]
 ) -> list[list[Outcome[TokenLogprobs]]]:
     """Undo `encode_scores`; `groups` are those that were asked for."""
-    flat = [
-        Outcome[TokenLogprobs](None, FailReason(error), detail) if error else Outcome(logprobs)
-        for logprobs, error, detail in zip(
-            _rows(_column(table, "logprobs")), *_failure_columns(table), strict=True
-        )
-    ]
-    return _regroup(flat, groups)
+    head, table = payload
+    return _regroup(head, _rows(table["logprobs"]), groups)
 
 
-def encode_samples(outcomes: Sequence[Sequence[Outcome[Sample]]]) -> pa.Table:
-    """Lay samples out flat: `token_ids: list<int32>, finish_reason, error, detail`."""
+def encode_samples(outcomes: Sequence[Sequence[Outcome[Sample]]]) -> Payload:
+    """Lay samples out flat, one row of `token_ids: list<int32>` per sample."""
     flat = [outcome for group in outcomes for outcome in group]
-    values = [outcome.value for outcome in flat]
-    return pa.table(
-        {
-            "token_ids": _ragged([() if v is None else v.token_ids for v in values], np.int32),
-            "finish_reason": pa.array([v and v.finish_reason for v in values], pa.string()),
-            **_failures(flat),
-        }
-    )
+    values = [outcome.value or Sample((), "") for outcome in flat]
+    head = _failures(flat) | {"finish_reasons": [value.finish_reason for value in values]}
+    return head, _table(token_ids=_ragged([value.token_ids for value in values], np.int32))
 
 
 def decode_samples(
-    table: pa.Table, requests: Sequence[SamplingRequest]
+    payload: Payload, requests: Sequence[SamplingRequest]
 ) -> list[list[Outcome[Sample]]]:
     """Undo `encode_samples`; `requests` are those that were asked for."""
-    flat = [
-        Outcome[Sample](None, FailReason(error), detail)
-        if error
-        else Outcome(Sample(tuple(ids.tolist()), finish_reason))
-        for ids, finish_reason, error, detail in zip(
-            _rows(_column(table, "token_ids")),
-            table["finish_reason"].to_pylist(),
-            *_failure_columns(table),
-            strict=True,
-        )
-    ]
-    return _regroup(flat, requests)
+    head, table = payload
+    rows = zip(_tuples(table["token_ids"]), head["finish_reasons"], strict=True)
+    return _regroup(head, [Sample(*row) for row in rows], requests)
 
 
-def _failures(outcomes: Sequence[Outcome[Any]]) -> dict[str, pa.Array]:
-    return {
-        "error": pa.array([outcome.error for outcome in outcomes], pa.string()),
-        "detail": pa.array([outcome.detail for outcome in outcomes], pa.string()),
-    }
+def _failures(flat: Sequence[Outcome[Any]]) -> Head:
+    return {"failures": [[i, o.error, o.detail] for i, o in enumerate(flat) if o.error]}
 
 
-def _failure_columns(table: pa.Table) -> tuple[list[str | None], list[str | None]]:
-    return table["error"].to_pylist(), table["detail"].to_pylist()
-
-
-def _regroup(flat: list[Value], groups: Sequence[Group]) -> list[list[Value]]:
-    bounds = _offsets(num_items(group) for group in groups).tolist()
+def _regroup(
+    head: Head, values: Sequence[Value], groups: Sequence[Group]
+) -> list[list[Outcome[Value]]]:
+    flat = [Outcome(value) for value in values]
+    for i, error, detail in head["failures"]:
+        flat[i] = Outcome(None, FailReason(error), detail)
+    bounds = _bounds(map(num_items, groups)).tolist()
     return [flat[start:stop] for start, stop in pairwise(bounds)]
 
 
-def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int32]:
+# Arrays cross between numpy and Arrow by their buffers: a batch has up to a million ids, and the
+# handier `pa.array` and `to_numpy` import pandas, which is most of a small host's start.
+
+
+def _table(**columns: pa.Array) -> pa.Table:
+    return pa.Table.from_arrays(list(columns.values()), names=list(columns))
+
+
+def _array(values: npt.NDArray[Any]) -> pa.Array:
+    dtype = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(dtype, len(values), [None, pa.py_buffer(values)])
+
+
+def _bounds(lengths: Iterable[int]) -> npt.NDArray[np.int32]:
     return np.cumsum([0, *lengths], dtype=np.int32)
 
 
 def _ragged(rows: Sequence[Any], dtype: type[np.generic]) -> pa.ListArray:
-    # Through numpy, not pa.array(rows): a batch has up to a million ids, and this is 5x faster.
     values = np.concatenate([np.empty(0, dtype), *(np.asarray(row, dtype) for row in rows)])
-    return pa.ListArray.from_arrays(_offsets(map(len, rows)), values)
+    return pa.ListArray.from_arrays(_array(_bounds(map(len, rows))), _array(values))
 
 
-def _column(table: pa.Table, name: str) -> pa.ListArray:
-    return table[name].combine_chunks()
+def _rows(ragged: pa.ListArray | pa.ChunkedArray) -> list[npt.NDArray[Any]]:
+    if isinstance(ragged, pa.ChunkedArray):
+        ragged = ragged.combine_chunks()
+    values = np.from_dlpack(ragged.values)
+    return [values[i:j] for i, j in pairwise(np.from_dlpack(ragged.offsets).tolist())]
 
 
-def _rows(ragged: pa.ListArray) -> list[npt.NDArray[Any]]:
-    values = ragged.values.to_numpy()
-    return [values[start:stop] for start, stop in pairwise(ragged.offsets.to_pylist())]
+def _tuples(ragged: pa.ListArray | pa.ChunkedArray) -> list[tuple[int, ...]]:
+    return [tuple(row.tolist()) for row in _rows(ragged)]

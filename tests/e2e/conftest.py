@@ -18,22 +18,6 @@ from deltalake import DeltaTable
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards judge it".split()  # noqa: SIM905
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "quietly",
-    "judge",
-    "it",
-]
 
 
 @pytest.fixture(scope="session")

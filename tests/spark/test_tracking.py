@@ -237,7 +237,7 @@ def test_the_first_use_of_a_database_is_quiet(tmp_path: Path) -> None:
         "with RunTracker(TrackingSpec(), sys.argv[1], run_name='r', config={}) as tracker: pass\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
+        [sys.executable, "-c", script, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,0 +1,118 @@
+"""What decides a tuned adapter, and the refusal to go on under anything else.
+
+No torch: a command line is checked, and told what is wrong, before a model loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cdr.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What decides the adapter: a checkpoint continues only under an equal one.
+
+    Args:
+        base_name: neutral name of the start model, written into the adapter.
+        base_hash: hash of the start model's weights and tokenizer.
+        pairs_hash: hash of all pairs read, held-out ones included.
+        max_length: tokens of prompt and longer answer, at most.
+        max_pairs: training pairs drawn at most; None for all.
+        holdout_fraction: share of prompts per section that is not trained on.
+        epochs: passes over the training pairs.
+        batch_size: pairs per optimizer step, over all processes.
+        learning_rate: AdamW's peak rate; linear warm-up over a tenth of the steps, then linear
+            decay to 0.
+        beta: weight of the log-ratio in the loss; smaller lets the model move further.
+        rank: of the LoRA matrices, on every linear layer but the head; alpha is twice the rank.
+        seed: draws pairs, their order and the adapter's first weights.
+        dtype: of the start model's weights and of the matrix products; the adapter is float32.
+        processes: how many share a step (their number changes which pair is in which step).
+    """
+
+    base_name: str
+    base_hash: str
+    pairs_hash: str
+    max_length: int
+    max_pairs: int | None
+    holdout_fraction: float
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    beta: float
+    rank: int
+    seed: int
+    dtype: str
+    processes: int
+
+    def check_same(self, before: Mapping[str, Any], where: Path) -> None:
+        """Refuse to continue what another configuration has begun.
+
+        Args:
+            before: the recorded configuration, as a mapping.
+            where: the file it was read from.
+
+        Raises:
+            ConfigError: names every key that differs, with both values.
+        """
+        now = asdict(self)
+        different = [
+            f"{key}: expected {before.get(key)!r} as in what lies there, got {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if different:
+            raise ConfigError(
+                different,
+                where=str(where),
+                fix="give the same options to continue, or another --output to start anew",
+            )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What may change from one start of a run to the next.
+
+    Args:
+        model: folder of the start model.
+        pairs: files and folders of preference tables.
+        output: adapter folder to write.
+        command: the command line, without machine paths, for the model card.
+        max_hours: stop at a checkpoint after this long; None for no limit.
+        threads: torch threads per process; None leaves torch's choice.
+        save_steps: optimizer steps between checkpoints.
+        keep_checkpoints: leave them when the training has ended.
+    """
+
+    model: Path
+    pairs: tuple[Path, ...]
+    output: Path
+    command: str
+    max_hours: float | None
+    threads: int | None
+    save_steps: int
+    keep_checkpoints: bool
+
+
+def hash_model(folder: Path) -> str:
+    """Hash a model folder's weights, configuration and tokenizer files.
+
+    Raises:
+        ModelError: the folder has no safetensors weights.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ModelError("the start model's folder has no .safetensors weights", where=str(folder))
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            total.update(
+                f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode()
+            )
+    return total.hexdigest()

@@ -14,6 +14,8 @@ MODEL := $(CDR_CACHE)/models/smollm2-135m-instruct/config.json
 CODE := cdr udfs jobs
 SUBMIT := $(BIN)/spark-submit --properties-file conf/cluster/local.conf
 export CDR_CACHE
+# Spares two warnings about the host name; Spark talks to itself here.
+export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 

@@ -1,50 +1,29 @@
 """What a run is asked to do: frozen models of the YAML in `conf/`, checked before Spark starts.
 
-Unknown keys are errors, and every problem is reported at once. Three rules cover where values come
-from:
-
-1. `reward:` may name another YAML file; its content takes the place of the name.
-2. A value that starts with `./` or `../` inside a file is a path relative to that file.
-   Anything else (absolute paths, `s3://...`, hub ids, paths given by `--set`) is taken as it is.
-3. `--set a.b=c` wins over files. `${oc.env:NAME,default}` reads the environment (OmegaConf).
-
-Nothing here touches models, tables or the network; `cdr.models` resolves what this names.
+Unknown keys are errors. Where values come from (files, the environment, `--set`) and how problems
+are told is the matter of `cdr.config_files`. Nothing here touches models, tables or the network;
+`cdr.models` resolves what this names.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cdr.errors import ConfigError
+from cdr.config_files import MayBeFile, load_config
 
 Domain = str
 Condition = Literal["plain", "conditioned", "unconditional"]
 EngineName = Literal["transformers", "stub"]
 
-_Model = TypeVar("_Model", bound=BaseModel)
-
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
-_OVERRIDE = re.compile(r"^[^.=]+(\.[^.=]+)*=")
-_MISSING_VARIABLE = re.compile(r"Environment variable '(.+?)' not found")
-
-
-_LOOK_UP_REVISION = (
-    "a model's commit hash is printed by: python -c \"from huggingface_hub import model_info; "
-    "print(model_info('OWNER/NAME').sha)\"; see docs/reference/config.md"
-)
 
 
 class _Spec(BaseModel):
@@ -329,8 +308,9 @@ class PairSpec(_Spec):
 
     rejected: Literal["random", "lowest", "second_best", "dice"] = Field(
         "random",
-        description="`random`: any other eligible candidate in the length window; `lowest`; `second_best`; "
-        "`dice`: chosen and rejected are best and worst of reward − dice_alpha · characters.",
+        description="`random`: any other eligible candidate in the length window; `lowest`, "
+        "`second_best`: the one with that reward; `dice`: chosen and rejected are best and worst "
+        "of reward − dice_alpha · characters, never against the reward.",
     )
     length_window: LengthWindowSpec = LengthWindowSpec()
     fallback: Literal["nearest_length", "no_pair"] = Field(
@@ -340,7 +320,12 @@ class PairSpec(_Spec):
     drop_length_stopped: bool = Field(
         False, description="Leave out candidates whose finish_reason is `length`."
     )
-    min_margin: float = Field(0.0, ge=0, description="Least reward difference, in nats (sum).")
+    min_margin: float = Field(
+        0.0,
+        ge=0,
+        description="Least reward difference, in the reward's unit (nats; nats per token for "
+        "`mean`), asked of each candidate.",
+    )
     validation_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of prompts in the `validation` split, by prompt hash."
     )
@@ -410,7 +395,7 @@ class AnnotateConfig(_Spec):
         default_factory=dict, description="Other places per table: a path, or a catalog name."
     )
     input: InputSpec
-    reward: RewardSpec
+    reward: Annotated[RewardSpec, MayBeFile()]
     pairs: PairSpec = PairSpec()
     run: RunSpec = RunSpec()
     tracking: TrackingSpec = TrackingSpec()
@@ -434,164 +419,15 @@ def load_annotate_config(path: str | Path, overrides: Sequence[str] = ()) -> Ann
     Raises:
         ConfigError: with every problem found.
     """
-    return _validate(AnnotateConfig, path, _read_tree(path, overrides))
+    return load_config(AnnotateConfig, path, overrides)
 
 
 def load_reward_config(path: str | Path, overrides: Sequence[str] = ()) -> RewardSpec:
     """Read a reward YAML; see `load_annotate_config`."""
-    return _validate(RewardSpec, path, _read_tree(path, overrides))
+    return load_config(RewardSpec, path, overrides)
 
 
 def content_hash(value: object) -> str:
     """Hash a JSON-able value: sha256 hex of its canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_tree(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    tree = _read_yaml(Path(path))
-    malformed = [item for item in overrides if not _OVERRIDE.match(item)]
-    if malformed:
-        raise ConfigError(
-            [f"--set {item}: expected KEY=VALUE" for item in malformed],
-            fix="for example --set pairs.min_margin=0.5",
-        )
-    # `--set reward=other.yaml` replaces the file before its content is read.
-    swaps = [item for item in overrides if item.startswith("reward=")]
-    if swaps:
-        tree["reward"] = swaps[-1].removeprefix("reward=")
-    if isinstance(tree.get("reward"), str):
-        tree["reward"] = _read_yaml(Path(tree["reward"]))
-    merged = OmegaConf.create(tree)
-    problems = []
-    for item in overrides:
-        if item.startswith("reward="):
-            continue
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
-        except (OmegaConfBaseException, ValueError, TypeError, yaml.YAMLError) as error:
-            problems.append(f"--set {item}: {str(error).splitlines()[0]}")
-    problems += _unresolvable(merged)
-    if problems:
-        raise ConfigError(problems, where=str(path), fix=_fix_for(problems))
-    return {str(k): v for k, v in OmegaConf.to_container(merged, resolve=True).items()}
-
-
-def _unresolvable(node: Any, prefix: str = "") -> Iterator[str]:
-    """Name every `${...}` of an OmegaConf node that has no value, with its key."""
-    for key in node if OmegaConf.is_dict(node) else range(len(node)):
-        try:
-            value = node[key]
-        except OmegaConfBaseException as error:
-            missing = _MISSING_VARIABLE.search(str(error))
-            problem = (
-                f"environment variable '{missing[1]}' is not set"
-                if missing
-                else str(error).splitlines()[0]
-            )
-            yield f"{prefix}{key}: {problem}"
-        else:
-            if OmegaConf.is_config(value):
-                yield from _unresolvable(value, f"{prefix}{key}.")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        # OmegaConf's loader, unlike PyYAML's, refuses a key that stands twice.
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file"], fix="see the files in conf/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([f"cannot be read as YAML: {error}"], where=str(path)) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            [f"expected a mapping of keys, got {type(tree).__name__}"], where=str(path)
-        )
-    anchored: dict[str, Any] = _anchor_paths(tree, path.resolve().parent)
-    return anchored
-
-
-def _anchor_paths(value: Any, folder: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _anchor_paths(item, folder) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_anchor_paths(item, folder) for item in value]
-    if isinstance(value, str) and value.startswith(("./", "../")):
-        return str((folder / value).resolve())
-    return value
-
-
-def _validate(model: type[_Model], path: str | Path, tree: dict[str, Any]) -> _Model:
-    problems: list[str] = []
-    tree = copy.deepcopy(tree)
-    while True:
-        try:
-            valid = model.model_validate(tree)
-        except ValidationError as error:
-            problems += _problems(error, model)
-            unknown = [i["loc"] for i in error.errors() if i["type"] == "extra_forbidden"]
-            # An unknown key keeps pydantic from the checks across keys: mend it and look again.
-            for location in unknown:
-                _mend(tree, location, model)
-            if unknown:
-                continue
-        if not problems:
-            return valid
-        problems = list(dict.fromkeys(problems))
-        raise ConfigError(problems, where=str(path), fix=_fix_for(problems))
-
-
-def _mend(tree: Any, location: Sequence[str | int], root: type[BaseModel]) -> None:
-    """Rename an unknown key to the one it was probably meant to be, or drop it."""
-    *parents, key = location
-    for parent in parents:
-        tree = tree[parent]
-    value = tree.pop(key)
-    near = _nearest_key(str(key), _known_keys(root, [str(part) for part in parents]))
-    if near is not None:
-        tree.setdefault(near, value)
-
-
-def _nearest_key(key: str, known: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(key, known, n=1)), None)
-
-
-def _fix_for(problems: Sequence[str]) -> str | None:
-    return _LOOK_UP_REVISION if any("revision" in problem for problem in problems) else None
-
-
-def _problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    lines: list[str] = []
-    for item in error.errors():
-        location = [str(part) for part in item["loc"]]
-        key = ".".join(location)
-        given = repr(item["input"]) if not isinstance(item["input"], dict) else "a mapping"
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(root, location[:-1])
-            near = _nearest_key(location[-1], known)
-            hint = f"did you mean '{near}'?" if near else f"known: {', '.join(known)}"
-            lines.append(f"{key}: unknown key; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: is required")
-        elif item["type"] == "value_error":
-            stated = str(item["ctx"]["error"]).split("\n")
-            lines.extend(f"{key}.{line}" if key else line for line in stated)
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            # Such as a commit hash of digits only, which YAML reads as a number.
-            unquoted = item["type"] == "string_type" and isinstance(item["input"], int | float)
-            hint = "; put it in quotes" if unquoted else ""
-            lines.append(f"{key}: {message}, got {given}{hint}")
-    return lines
-
-
-def _known_keys(root: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """List the keys of the model at a location; a dict of models is stepped through."""
-    model: Any = root
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = model.model_fields[part].annotation
-        inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if inner:
-            model = inner[0]
-    return list(model.model_fields) if hasattr(model, "model_fields") else []

@@ -309,12 +309,13 @@ def score_packed(
         causal = model.get_base_model()
         hidden = causal.model(**inputs, use_cache=False).last_hidden_state[0, packed["rows"]]
         weight = causal.lm_head.weight.float()
+        targets = packed["targets"]
         logprobs = torch.cat(
             [
-                _target_logprobs(rows.float() @ weight.T, targets)
-                for rows, targets in zip(
-                    hidden.split(HEAD_ROWS), packed["targets"].split(HEAD_ROWS), strict=True
+                _target_logprobs(
+                    hidden[at : at + HEAD_ROWS].float() @ weight.T, targets[at : at + HEAD_ROWS]
                 )
+                for at in range(0, len(targets), HEAD_ROWS)
             ]
         )
     else:

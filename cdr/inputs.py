@@ -27,6 +27,8 @@ from cdr.tables import MESSAGES
 
 ROLES = ("system", "user", "assistant")
 
+_NOT_BLANK = r"\S"
+
 
 def read_candidates(
     spark: SparkSession, source: InputSpec, *, domains: Sequence[str] | None = None
@@ -225,7 +227,7 @@ def _messages(rows: DataFrame, names: ColumnsSpec) -> Column:
         return user.cast(MESSAGES)
     system = F.col(f"`{names.system}`")
     first = F.array(F.struct(F.lit("system").alias("role"), system.alias("content")))
-    with_system = F.when(F.length(F.trim(system)) > 0, F.concat(first, user))
+    with_system = F.when(system.rlike(_NOT_BLANK), F.concat(first, user))
     return F.coalesce(with_system, user).cast(MESSAGES)
 
 
@@ -261,7 +263,7 @@ def _completions(source: InputSpec) -> Column:
 def _validate(candidates: DataFrame, domains: Sequence[str] | None) -> DataFrame:
     messages, text = F.col("prompt"), F.col("completion")
     last = F.element_at(messages, -1)
-    blank_user = (last["role"] == "user") & (F.length(F.trim(last["content"])) == 0)
+    blank_user = (last["role"] == "user") & ~last["content"].rlike(_NOT_BLANK)
     bad_roles = ~F.coalesce(F.forall(messages, lambda m: m["role"].isin(*ROLES)), F.lit(False))
     no_content = F.exists(messages, lambda m: m["content"].isNull())
     hashed = candidates.withColumn(
@@ -291,7 +293,7 @@ def _validate(candidates: DataFrame, domains: Sequence[str] | None) -> DataFrame
         (last["role"] != "user", RejectReason.BAD_MESSAGES, "the last message must be the user's"),
         (blank_user, RejectReason.EMPTY_PROMPT, "the last message is empty"),
         (text.isNull(), RejectReason.NULL_COMPLETION, "the completion is null"),
-        (F.length(F.trim(text)) == 0, RejectReason.EMPTY_COMPLETION, "the completion is empty"),
+        (~text.rlike(_NOT_BLANK), RejectReason.EMPTY_COMPLETION, "the completion is empty"),
         (
             F.col("_hashes") > 1,
             RejectReason.DUPLICATE_ID,

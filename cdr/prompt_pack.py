@@ -33,7 +33,8 @@ from pydantic import (
     model_validator,
 )
 
-from cdr.config import _validate, content_hash
+from cdr.config import content_hash
+from cdr.config_files import validate_config
 from cdr.errors import ConfigError, RejectReason, RowRejected
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ def load_prompt_pack(path: str | Path) -> PromptPack:
         raise ConfigError(
             [f"expected a mapping of keys, got {type(tree).__name__}"], where=str(path)
         )
-    return _validate(PromptPack, path, dict(tree))
+    return validate_config(PromptPack, path, tree)
 
 
 def _draw_id(ids: Iterable[str], salt: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -76,19 +76,24 @@ def cached(name: str, mode: str = "reject") -> ChatEncoder:
     return encoder(name, special_tokens_in_text=mode)
 
 
+@cache
+def reference(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that no encoder has touched."""
+    return MAKERS[name][0]()
+
+
 def user(content: str) -> list[Message]:
     return [{"role": "user", "content": content}]
 
 
 def encode_text(name: str, text: str) -> list[int]:
     """Encode by transformers alone, control tokens in the text parsed."""
-    ids: list[int] = MAKERS[name][0]()(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = reference(name)(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def golden(name: str) -> dict[str, Any]:
-    chat = encoder(name)
-    tokenizer = MAKERS[name][0]()
+    chat, tokenizer = cached(name), reference(name)
     prompts, completions = {}, {}
     for case, messages in PROMPTS.items():
         ids = chat.encode_prefix(messages)
@@ -113,7 +118,7 @@ def test_ids_are_those_of_the_golden_file(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_TEMPLATE)
 @pytest.mark.parametrize("case", ["single_turn", "multi_turn", "unicode", "code", "empty"])
 def test_prefix_is_what_transformers_makes_of_the_messages(name: str, case: str) -> None:
-    expected = MAKERS[name][0]().apply_chat_template(
+    expected = reference(name).apply_chat_template(
         PROMPTS[case],
         add_generation_prompt=True,
         return_dict=False,
@@ -173,7 +178,7 @@ def assert_joint(
     turns = messages
     if merge and name != "mistral-v1-plain":
         turns = user(f"{messages[0]['content']}\n\n{messages[1]['content']}")
-    tokenizer = MAKERS[name][0]()
+    tokenizer = reference(name)
     rendered = tokenizer.apply_chat_template(
         turns,
         chat_template=chat.chat_template_text,
@@ -285,9 +290,7 @@ FORGED = st.lists(
     min_size=1,
     max_size=8,
 ).map("".join)
-PROPERTY = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+PROPERTY = settings(max_examples=25, deadline=None)
 
 
 @pytest.mark.parametrize("name", MAKERS)

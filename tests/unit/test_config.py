@@ -1,4 +1,4 @@
-"""What `cdr.config` accepts, and how it says no."""
+"""What `cdr.config` and `cdr.config_files` accept, and how they say no."""
 
 from __future__ import annotations
 
@@ -155,6 +155,15 @@ def test_set_reward_swaps_the_file_and_later_overrides_apply_to_it(write: Write)
     other = write(reward_tree(name="other"), "other.yaml")
     config = load_annotate_config(run, ["reward.reduction=mean", f"reward={other}"])
     assert (config.reward.name, config.reward.reduction) == ("other", "mean")
+
+
+def test_only_the_reward_may_be_a_file(write: Write) -> None:
+    other = write({"min_margin": 1.0}, "pairs.yaml")
+    (problem,) = problems_of(load_annotate_config, write(annotate_tree()), [f"pairs={other}"])
+    assert problem.startswith("pairs: input should be a valid dictionary")
+    assert problems_of(load_reward_config, write(reward_tree()), [f"reward={other}"]) == (
+        f"reward: unknown key; known: {', '.join(RewardSpec.model_fields)}",
+    )
 
 
 def test_only_dot_slash_values_are_relative_to_their_own_file(write: Write, tmp_path: Path) -> None:

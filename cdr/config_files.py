@@ -1,0 +1,224 @@
+"""From YAML files and `--set` to a checked model: where values come from, how problems are told.
+
+1. A field marked `MayBeFile` (a run's `reward`) may name another YAML file; its content takes the
+   place of the name.
+2. A value that starts with `./` or `../` inside a file is a path relative to that file.
+   Anything else (absolute paths, `s3://...`, hub ids, paths given by `--set`) is taken as it is.
+3. `--set a.b=c` wins over files. `${oc.env:NAME,default}` reads the environment (OmegaConf).
+
+Every problem of a file is reported at once, with its key, what was expected and what was given.
+Knows no particular model: `cdr.config` has those.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from cdr.errors import ConfigError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+_OVERRIDE = re.compile(r"^[^.=]+(\.[^.=]+)*=")
+_MISSING_VARIABLE = re.compile(r"Environment variable '(.+?)' not found")
+_LOOK_UP_REVISION = (
+    "a model's commit hash is printed by: python -c \"from huggingface_hub import model_info; "
+    "print(model_info('OWNER/NAME').sha)\"; see docs/reference/config.md"
+)
+
+
+@dataclass(frozen=True)
+class MayBeFile:
+    """Marks a field that may name a YAML file: `reward: Annotated[RewardSpec, MayBeFile()]`.
+
+    The file's content takes the place of the name.
+    """
+
+
+def load_config(model: type[_Model], path: str | Path, overrides: Sequence[str] = ()) -> _Model:
+    """Read a YAML file with everything it names.
+
+    Args:
+        model: what the file has to hold; forbids unknown keys.
+        path: the YAML file.
+        overrides: `a.b=c` items, strongest last; `field=FILE` swaps the whole content of a field
+            marked `MayBeFile`, before the items that change a part of it.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    named = [name for name, field in model.model_fields.items() if MayBeFile() in field.metadata]
+    return validate_config(model, path, _read_tree(path, overrides, named))
+
+
+def validate_config(model: type[_Model], path: str | Path, tree: Mapping[str, Any]) -> _Model:
+    """Check what was read from a file.
+
+    Args:
+        model: what it has to hold; forbids unknown keys.
+        path: the file, for the message.
+        tree: its content.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[str] = []
+    mended = copy.deepcopy(dict(tree))
+    while True:
+        try:
+            valid = model.model_validate(mended)
+        except ValidationError as error:
+            problems += _problems(error, model)
+            unknown = [i["loc"] for i in error.errors() if i["type"] == "extra_forbidden"]
+            # An unknown key keeps pydantic from the checks across keys: mend it and look again.
+            for location in unknown:
+                _mend(mended, location, model)
+            if unknown:
+                continue
+        if not problems:
+            return valid
+        problems = list(dict.fromkeys(problems))
+        raise ConfigError(problems, where=str(path), fix=_fix_for(problems))
+
+
+def _read_tree(
+    path: str | Path, overrides: Sequence[str], may_be_file: Sequence[str]
+) -> dict[str, Any]:
+    tree = _read_yaml(Path(path))
+    malformed = [item for item in overrides if not _OVERRIDE.match(item)]
+    if malformed:
+        raise ConfigError(
+            [f"--set {item}: expected KEY=VALUE" for item in malformed],
+            fix="for example --set pairs.min_margin=0.5",
+        )
+    changes = []
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key in may_be_file:
+            tree[key] = value  # the last one is the file that is read
+        else:
+            changes.append(item)
+    for key in may_be_file:
+        if isinstance(tree.get(key), str):
+            tree[key] = _read_yaml(Path(tree[key]))
+    merged = OmegaConf.create(tree)
+    problems = []
+    for item in changes:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        except (OmegaConfBaseException, ValueError, TypeError, yaml.YAMLError) as error:
+            problems.append(f"--set {item}: {str(error).splitlines()[0]}")
+    problems += _unresolvable(merged)
+    if problems:
+        raise ConfigError(problems, where=str(path), fix=_fix_for(problems))
+    return {str(k): v for k, v in OmegaConf.to_container(merged, resolve=True).items()}
+
+
+def _unresolvable(node: Any, prefix: str = "") -> Iterator[str]:
+    """Name every `${...}` of an OmegaConf node that has no value, with its key."""
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:
+            missing = _MISSING_VARIABLE.search(str(error))
+            problem = (
+                f"environment variable '{missing[1]}' is not set"
+                if missing
+                else str(error).splitlines()[0]
+            )
+            yield f"{prefix}{key}: {problem}"
+        else:
+            if OmegaConf.is_config(value):
+                yield from _unresolvable(value, f"{prefix}{key}.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        # OmegaConf's loader, unlike PyYAML's, refuses a key that stands twice.
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file"], fix="see the files in conf/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([f"cannot be read as YAML: {error}"], where=str(path)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            [f"expected a mapping of keys, got {type(tree).__name__}"], where=str(path)
+        )
+    anchored: dict[str, Any] = _anchor_paths(tree, path.resolve().parent)
+    return anchored
+
+
+def _anchor_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _anchor_paths(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_anchor_paths(item, folder) for item in value]
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return str((folder / value).resolve())
+    return value
+
+
+def _mend(tree: Any, location: Sequence[str | int], root: type[BaseModel]) -> None:
+    """Rename an unknown key to the one it was probably meant to be, or drop it."""
+    *parents, key = location
+    for parent in parents:
+        tree = tree[parent]
+    value = tree.pop(key)
+    near = _nearest_key(str(key), _known_keys(root, [str(part) for part in parents]))
+    if near is not None:
+        tree.setdefault(near, value)
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(key, known, n=1)), None)
+
+
+def _fix_for(problems: Sequence[str]) -> str | None:
+    return _LOOK_UP_REVISION if any("revision" in problem for problem in problems) else None
+
+
+def _problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    lines: list[str] = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        key = ".".join(location)
+        given = repr(item["input"]) if not isinstance(item["input"], dict) else "a mapping"
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(root, location[:-1])
+            near = _nearest_key(location[-1], known)
+            hint = f"did you mean '{near}'?" if near else f"known: {', '.join(known)}"
+            lines.append(f"{key}: unknown key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: is required")
+        elif item["type"] == "value_error":
+            stated = str(item["ctx"]["error"]).split("\n")
+            lines.extend(f"{key}.{line}" if key else line for line in stated)
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            # Such as a commit hash of digits only, which YAML reads as a number.
+            unquoted = item["type"] == "string_type" and isinstance(item["input"], int | float)
+            hint = "; put it in quotes" if unquoted else ""
+            lines.append(f"{key}: {message}, got {given}{hint}")
+    return lines
+
+
+def _known_keys(root: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """List the keys of the model at a location; a dict of models is stepped through."""
+    model: Any = root
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[part].annotation
+        inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if inner:
+            model = inner[0]
+    return list(model.model_fields) if hasattr(model, "model_fields") else []

@@ -18,9 +18,10 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
@@ -338,6 +339,10 @@ class ChatEncoder:
                     strftime_now=FROZEN_DATE.strftime,
                 )
             )
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                [f"template: does not compile, line {error.lineno}: {error.message}"]
+            ) from None
         except TemplateError:
             # The message may quote content; the roles are what templates are particular about.
             roles = ", ".join(turn["role"] for turn in turns)
@@ -462,6 +467,12 @@ def check_vocabulary(encoder: ChatEncoder, model_vocab_size: int, *, who: str) -
 def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
+    if revision is None and not Path(path).is_dir():
+        raise ModelError(
+            "a model without a revision must be a local folder",
+            where=path,
+            fix="correct the path, or pin the hub id's revision",
+        )
     options = {"revision": revision, "trust_remote_code": False}
     try:
         try:

@@ -43,7 +43,7 @@ from cdr.dpo_data import (
     split_pairs,
 )
 from cdr.dpo_report import HeldOutPair
-from cdr.errors import ConfigError, ModelError
+from cdr.errors import InputError, ModelError
 
 CHECKPOINTS: Final = "checkpoints"
 CONFIG_FILE: Final = "training-config.json"
@@ -73,7 +73,8 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
         The content of `metrics.json`.
 
     Raises:
-        ConfigError: `options.output` holds work of another configuration.
+        ConfigError: a value is out of range, or `options.output` holds work of another
+            configuration.
         InputError: the pairs cannot be read.
         ModelError: the start model cannot be used.
     """
@@ -115,10 +116,17 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
         f"{_counts(test_left_out)} of the held-out ones"
     )
     if not drawn:
-        raise ConfigError([f"max_length: no training pair fits {config.max_length} tokens"])
+        raise InputError(
+            f"no training pair fits {config.max_length} tokens",
+            where=", ".join(map(str, options.pairs)),
+            fix="raise --max-length",
+        )
     checkpoints.mkdir(parents=True, exist_ok=True)
-    (checkpoints / ".gitignore").write_text("*\n", "utf-8")
-    (checkpoints / CONFIG_FILE).write_text(_to_json(asdict(config)), "utf-8")
+    if _is_first_process():
+        (checkpoints / ".gitignore").write_text("*\n", "utf-8")
+        new = checkpoints / f"{CONFIG_FILE}.new"
+        new.write_text(_to_json(asdict(config)), "utf-8")
+        new.replace(checkpoints / CONFIG_FILE)  # at once: other processes may be reading it
 
     trainer = _make_trainer(folder, encoder, drawn, config, options)
     training = _train(trainer, checkpoints, started, options)
@@ -193,20 +201,12 @@ def _make_trainer(
             logged["rewards/chosen"].append(config.beta * ratio[0].item())
             return -torch.nn.functional.logsigmoid(margin)
 
-    accumulation, rest = divmod(config.batch_size, config.processes)
-    if rest or not accumulation:
-        raise ConfigError(
-            [
-                f"batch_size: must be a multiple of the {config.processes} processes, "
-                f"got {config.batch_size}"
-            ]
-        )
     steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
     bf16 = config.dtype == "bfloat16"
     arguments = DPOConfig(
         output_dir=str(options.output / CHECKPOINTS),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=config.batch_size // config.processes,
         max_steps=steps,
         learning_rate=config.learning_rate,
         warmup_steps=max(1, steps // 10),
@@ -346,7 +346,7 @@ def _train(trainer: Any, checkpoints: Path, started: float, options: RunOptions)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             limit = float("inf") if options.max_hours is None else options.max_hours * 3600
-            late = torch.tensor(float(time.monotonic() - started > limit))
+            late = torch.tensor(float(time.monotonic() - started > limit), device=args.device)
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(late, op=torch.distributed.ReduceOp.MAX)
             if late.item():
@@ -470,5 +470,9 @@ def _to_json(value: object) -> str:
 
 def _say(line: str) -> None:
     """Print a line of progress, by the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_process():
         print(line, flush=True)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

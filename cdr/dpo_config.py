@@ -51,6 +51,29 @@ class TrainingConfig:
     dtype: str
     processes: int
 
+    def __post_init__(self) -> None:
+        """Refuse values out of range, all at once."""
+        rules = {
+            "max_length": (self.max_length >= 2, ">= 2"),
+            "max_pairs": (self.max_pairs is None or self.max_pairs >= 1, ">= 1"),
+            "holdout_fraction": (0 <= self.holdout_fraction < 1, ">= 0 and < 1"),
+            "epochs": (self.epochs > 0, "> 0"),
+            "batch_size": (
+                self.batch_size >= 1 and self.batch_size % self.processes == 0,
+                f"a multiple of the number of processes, {self.processes}",
+            ),
+            "learning_rate": (self.learning_rate > 0, "> 0"),
+            "beta": (self.beta > 0, "> 0"),
+            "rank": (self.rank >= 1, ">= 1"),
+        }
+        problems = [
+            f"{key}: must be {rule}, got {getattr(self, key)!r}"
+            for key, (is_fine, rule) in rules.items()
+            if not is_fine
+        ]
+        if problems:
+            raise ConfigError(problems, where="command line", fix="see --help")
+
     def check_same(self, before: Mapping[str, Any], where: Path) -> None:
         """Refuse to continue what another configuration has begun.
 

@@ -80,7 +80,7 @@ class EncodedPair:
     rejected_ids: tuple[int, ...]
 
 
-def read_pairs(paths: Iterable[Path]) -> list[PreferencePair]:
+def read_pairs(paths: Sequence[Path]) -> list[PreferencePair]:
     """Read preference tables.
 
     Args:
@@ -95,6 +95,8 @@ def read_pairs(paths: Iterable[Path]) -> list[PreferencePair]:
     """
     files: list[Path] = []
     for path in paths:
+        if not path.exists():
+            raise InputError("no such file or folder", where=str(path), fix="correct --pairs")
         if (path / "_delta_log").exists():
             raise InputError(
                 "a Delta table's files also hold deleted rows",

@@ -226,7 +226,7 @@ def _resolve_layer_types(config: Any, spec: EngineSpec) -> tuple[str, ...]:
         raise ModelError(
             f"layers of type {', '.join(sorted(unknown))} keep no keys and values per token",
             where=f"engine {spec.name}",
-            fix="use the vllm engine for this model",
+            fix="use a model whose layers are full or sliding-window attention",
         )
     if window is None or spec.max_length <= window:
         return ("full_attention",)

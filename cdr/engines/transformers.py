@@ -314,19 +314,30 @@ class TransformersEngine:
         """Compare with the model's own forward, and refuse what a walk would get wrong."""
         ids = np.linspace(0, self._lm.vocab_size - 1, 12).astype(np.int64)
         sequences = np.stack([ids, np.concatenate([ids[:4], ids[:3:-1]])])
-        own = self.score(
-            [ScoringGroup(tuple(ids[:4].tolist()), tuple(tuple(s[4:].tolist()) for s in sequences))]
+        group = ScoringGroup(
+            tuple(ids[:4].tolist()), tuple(tuple(s[4:].tolist()) for s in sequences)
         )
+        try:
+            own = np.stack(self.score([group])[0])
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise self._refuse_architecture(
+                f"cannot be read along a prefix tree: {error}"
+            ) from error
         self._path = _NO_PATH
         plain = [self._lm.compute_plain_logprobs(self._to_device(s))[3:] for s in sequences]
-        difference = np.abs(np.stack(own[0]) - torch.stack(plain).float().cpu().numpy()).mean()
+        difference = np.abs(own - torch.stack(plain).float().cpu().numpy()).mean()
         if not difference <= _CHECK_TOLERANCE[self.spec.dtype]:
-            raise ModelError(
-                f"this architecture's log-probs along a prefix tree differ from its own by "
-                f"{difference:.2g} nats per token",
-                where=f"engine {self.spec.name} ({self.spec.path})",
-                fix="use the vllm engine for this model",
+            raise self._refuse_architecture(
+                f"gives log-probs along a prefix tree that differ from its own by "
+                f"{difference:.2g} nats per token"
             )
+
+    def _refuse_architecture(self, reason: str) -> ModelError:
+        return ModelError(
+            f"this architecture {reason}",
+            where=f"engine {self.spec.name} ({self.spec.path})",
+            fix="use a model with ordinary causal attention, such as Llama, Mistral, Qwen or Gemma",
+        )
 
 
 class _Job:

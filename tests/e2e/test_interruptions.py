@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from .conftest import Job, descendants, make_rows
+from tests.e2e.conftest import Job, descendants, make_rows
 
 SLOW = {"delay_s_per_token": 0.01}  # about 0.15 s per completion: waves last seconds
 PROMPTS, CANDIDATES = 24, 2

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from cdr.chat import FROZEN_DATE, ChatEncoder, Message, check_vocabulary, load_chat_template
@@ -127,14 +129,19 @@ def test_prefix_is_what_transformers_makes_of_the_messages(name: str, case: str)
     assert list(cached(name).encode_prefix(PROMPTS[case])) == expected
 
 
-def test_converted_mistral_encodes_as_sentencepiece_itself() -> None:
+@cache
+def sentencepiece_v1() -> Any:
     from sentencepiece import SentencePieceProcessor
 
-    reference = SentencePieceProcessor(
+    return SentencePieceProcessor(
         model_file=str(package_file("mistral_common", "tokenizer.model.v1"))
     )
+
+
+def test_converted_mistral_encodes_as_sentencepiece_itself() -> None:
     for text in ("Hello world", "  def f(x):\n\treturn 12345", "日本語 é 👩\u200d🚀"):
-        assert make_mistral_v1()(text)["input_ids"] == [1, *reference.encode(text)]
+        ids = reference("mistral-v1-plain")(text)["input_ids"]
+        assert ids == [1, *sentencepiece_v1().encode(text)]
 
 
 def test_plain_puts_the_system_text_first_and_leaves_the_header_open() -> None:
@@ -266,12 +273,23 @@ def test_as_text_gives_the_special_string_back_without_its_id(name: str) -> None
     ]
 
 
-def test_as_text_keeps_what_the_tokenizer_does_around_special_tokens() -> None:
-    # Legacy Llama conversions put "▁" before every stretch of text: after <s> here, and only there.
+def test_as_text_encodes_special_strings_as_sentencepiece_does() -> None:
+    # SentencePiece never parses control tokens in text, so it is the reference for `as_text`.
     chat = cached("mistral-v1-mixtral", "as_text")
-    text = "[INST] x [/INST]</ s>"
-    expected = encode_text("mistral-v1-mixtral", "<s>[INST] [INST] x [/INST]</ s> [/INST]")
-    assert list(chat.encode_prefix(user(text))) == [1, *expected[1:]]
+    expected = sentencepiece_v1().encode("[INST] x</s> <s>y </s> [/INST]")
+    assert list(chat.encode_prefix(user("x</s> <s>y </s>"))) == [1, *expected]
+
+
+def test_prompt_that_changes_how_the_header_is_encoded_is_rejected() -> None:
+    # No pre-tokenizer: the trained merges make one token of all that follows "Q".
+    tokenizer = Tokenizer(models.BPE())
+    trainer = BpeTrainer(vocab_size=300, special_tokens=["</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["Qodd?\n\nAssistant:"] * 9 + ["User: a"], trainer)
+    chat = ChatEncoder(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), "plain"
+    )
+    with pytest.raises(RowRejected, match="boundary_unstable"):
+        chat.encode_prefix(user("odd?"))
 
 
 TEXT = st.text(
@@ -373,7 +391,7 @@ def test_truncation_set_in_the_tokenizer_is_switched_off() -> None:
     [
         ("own", "'plain'"),
         ("{% for %}", "does not compile"),
-        ("{{ messages[0]['content'] }}", "nothing separates"),
+        ("{% for turn in messages %}{{ turn['content'] }}{% endfor %}", "nothing separates"),
         ("a fixed text", "leaves out"),
     ],
 )

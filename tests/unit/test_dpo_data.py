@@ -105,6 +105,8 @@ def test_row_that_is_no_pair_is_named(row: dict[str, Any], message: str, tmp_pat
 def test_folder_without_pairs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="file found"):
         read_pairs([tmp_path])
+    with pytest.raises(InputError, match="no such file"):
+        read_pairs([tmp_path / "missing"])
 
 
 def test_delta_table_is_refused_since_its_files_hold_deleted_rows(tmp_path: Path) -> None:
@@ -226,6 +228,15 @@ def test_other_configuration_is_refused_with_every_difference() -> None:
         "seed: expected 3 as in what lies there, got 0",
     )
     assert "another --output" in str(error.value)
+
+
+def test_values_out_of_range_are_named_all_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        replace(CONFIG, beta=0.0, batch_size=7, processes=2)
+    assert error.value.problems == (
+        "batch_size: must be a multiple of the number of processes, 2, got 7",
+        "beta: must be > 0, got 0.0",
+    )
 
 
 # Reporting

@@ -13,6 +13,7 @@ collected and nothing but schemas is looked at on the driver.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from cdr.tables import MESSAGES
 ROLES = ("system", "user", "assistant")
 
 _NOT_BLANK = r"\S"
+_URI = re.compile(r"^[A-Za-z][\w+.\-]+:")
 
 
 def read_candidates(
@@ -57,7 +59,7 @@ def input_version(spark: SparkSession, source: InputSpec) -> int | None:
         return source.version
     from delta.tables import DeltaTable
 
-    _read(spark, source, source.path, source.table)  # says what is wrong with it
+    _read(spark, source)  # says what is wrong with it
     if source.path:
         table = DeltaTable.forPath(spark, source.path)
     else:
@@ -82,10 +84,12 @@ def _place(source: InputSpec) -> str:
 
 
 def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
-    completions = _read(spark, source, source.path, source.table)
+    completions = _read(spark, source)
     if source.layout != "joined":
         return completions
-    prompts = _read(spark, source, source.prompts_path, None)
+    # A version is the completions' own; prompts are read as they are now.
+    only = {"path": source.prompts_path, "table": None, "version": None}
+    prompts = _read(spark, source.model_copy(update=only))
     key = str(source.columns.prompt_id)
     for frame, name in ((completions, _place(source)), (prompts, str(source.prompts_path))):
         if key not in frame.columns:
@@ -98,19 +102,19 @@ def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
     return completions.join(prompts.drop(*repeated), on=key, how="left")
 
 
-def _read(spark: SparkSession, source: InputSpec, path: str | None, table: str | None) -> DataFrame:
-    place = str(path or table)
-    if path is not None and "://" not in path and not Path(path).exists():
-        raise InputError("the input does not exist", where=path, fix="check input.path")
+def _read(spark: SparkSession, source: InputSpec) -> DataFrame:
+    place = _place(source)
+    if source.path is not None and not _URI.match(place) and not Path(place).exists():
+        raise InputError("the input does not exist", where=place, fix="check input.path")
+    reader = spark.read
+    if source.version is not None:
+        reader = reader.option("versionAsOf", source.version)
+    if source.format == "json":
+        # A line that is not JSON must end the run, not become a row of nulls.
+        reader = reader.option("mode", "FAILFAST")
     try:
-        if table is not None:
-            return spark.read.table(table)
-        reader = spark.read
-        if source.version is not None:
-            reader = reader.option("versionAsOf", source.version)
-        if source.format == "json":
-            # A line that is not JSON must end the run, not become a row of nulls.
-            reader = reader.option("mode", "FAILFAST")
+        if source.table is not None:
+            return reader.table(source.table)
         frame = reader.format(source.format).load(place)
         # Schemas are read lazily; a folder of another format shows itself only now.
         frame.schema  # noqa: B018

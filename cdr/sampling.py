@@ -1,49 +1,27 @@
 """Best-of-N sampling: N completions per prompt from a policy model, for a reward to choose from.
 
-    prompts -> validate -> what is missing -> sample in waves -> completions
-
-A sample's seed is a hash of (base seed, prompt, sample number): it depends on no other row, so more
-prompts or more samples per prompt leave what is there as it is. A wave is one atomic commit to
-`completions`; the next run samples what the table lacks. Text is a function of the seed up to
-rounding: in float32 other rows in the batch hardly ever change a token, in bfloat16 now and then.
+What a run is asked to do (`GenerateConfig`), and the checked plan of it. A sample's seed is a hash
+of (base seed, prompt, sample number): it depends on no other row, so more prompts or more samples
+per prompt leave what is there as it is. `cdr.sampling_stages` does the work.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, Observation, SparkSession
-from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
 from cdr.chat import ChatEncoder, check_vocabulary, load_chat_template
 from cdr.config import EncodingSpec, ModelSpec, RewardSpec, RoutingSpec, TermSpec, content_hash
 from cdr.config_files import load_config
 from cdr.encoding import TokenizerSpec
 from cdr.engines.base import EngineSpec
-from cdr.errors import ConfigError, InputError, RejectReason
-from cdr.inputs import prompt_hash
+from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
-from cdr.progress import TaskCounter
-from cdr.stages import MapFunction
-from cdr.staging import Staging
-from cdr.tables import COMPLETIONS, MESSAGES, Warehouse
-
-GENERATED_DDL = (
-    "prompt_id string, completion_id string, completion string, finish_reason string, "
-    "num_tokens int, seed bigint, reason string, detail string, error string"
-)
-"""What a sampling function yields: a row per sample, with `error` where there is none this time;
-or one row with `reason` for a prompt that is refused for good."""
 
 
 class _Spec(BaseModel):
@@ -193,146 +171,47 @@ def sample_seed(base_seed: int, prompt_hash: str, number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # Spark's bigint is signed
 
 
-def read_prompts(spark: SparkSession, source: PromptsSpec) -> DataFrame:
-    """Read prompts, one row each, with a reason on those that cannot be used.
+def sample_id(prompt_id: str, number: int) -> str:
+    """Give the completion_id of a prompt's `number`-th sample."""
+    return f"{prompt_id}-{number}"
 
-    What a chat template refuses (roles, order, special tokens) shows when they are encoded.
 
-    Returns:
-        prompt_id, prompt_hash, prompt (messages), domain, row (JSON), reason and detail (null for
-        usable prompts).
-
-    Raises:
-        InputError: the input is missing, unreadable, empty, or lacks a column.
-    """
-    rows = _read(spark, source)
-    columns = source.columns
-    needed = [name for name in columns.model_dump().values() if name is not None]
-    if missing := [name for name in needed if name not in rows.columns]:
-        raise InputError(
-            f"the input lacks the columns {missing}; it has {rows.columns}",
-            where=source.path or source.table,
-            fix="map your names, for example --set input.columns.prompt=question",
-        )
-    if rows.isEmpty():
-        raise InputError("the input has no rows", where=source.path or source.table)
-    prompt = F.col(f"`{columns.prompt}`")
-    if isinstance(rows.schema[columns.prompt].dataType, T.StringType):
-        user = F.struct(F.lit("user").alias("role"), prompt.alias("content"))
-        prompt = F.when(prompt.isNotNull(), F.array(user))
-    else:
-        prompt = F.transform(prompt, lambda m: F.struct(m["role"], m["content"]))
-    messages = prompt.cast(MESSAGES)
-    named = rows.select(
-        _optional(columns.prompt_id).alias("given_id"),
-        messages.alias("prompt"),
-        F.when(messages.isNotNull(), prompt_hash(messages)).alias("prompt_hash"),
-        _optional(columns.domain).alias("domain"),
-        F.to_json(F.struct("*")).alias("row"),
-    ).withColumn("prompt_id", F.coalesce("given_id", "prompt_hash"))
-    # A prompt that stands twice is sampled once; an id with two prompts names neither.
-    once = named.groupBy("prompt_id", "prompt_hash").agg(
-        *(F.min_by(name, "row").alias(name) for name in ("prompt", "domain", "row"))
+def _resolve_policy(spec: ModelSpec) -> ResolvedModel:
+    """Find the policy as a reward's models are found: as the only term, log p(y|x)."""
+    term = TermSpec(model="policy", condition="plain", weight=1)
+    reward = RewardSpec(
+        name="policy",
+        models={"policy": spec},
+        form="custom",
+        terms=(term,),
+        routing=RoutingSpec(mode="none"),
+        encoding=EncodingSpec(template="own"),
     )
-    twice = once.groupBy("prompt_id").agg(F.count("*").alias("prompts"))
-    last = F.element_at("prompt", -1)["content"]
-    rules = (
-        (F.col("prompt").isNull(), RejectReason.NULL_PROMPT, "the prompt is null"),
-        (F.size("prompt") == 0, RejectReason.EMPTY_PROMPT, "the prompt has no messages"),
-        (F.length(F.trim(last)) == 0, RejectReason.EMPTY_PROMPT, "the last message is empty"),
-        (
-            F.col("prompts") > 1,
-            RejectReason.DUPLICATE_ID,
-            "this prompt_id stands for more than one prompt",
-        ),
-    )
-    return once.join(twice, on="prompt_id", how="left").select(
-        "prompt_id", "prompt_hash", "prompt", "domain", "row",
-        F.coalesce(*(F.when(rule, reason.value) for rule, reason, _ in rules)).alias("reason"),
-        F.coalesce(*(F.when(rule, F.lit(detail)) for rule, _, detail in rules)).alias("detail"),
-    )  # fmt: skip
+    try:
+        return resolve_models(reward)["policy"]
+    except ConfigError as error:
+        problems = [problem.removeprefix("models.") for problem in error.problems]
+        raise ConfigError(problems, fix=error.fix) from None
 
 
-def read_samples(plan: SamplingPlan, warehouse: Warehouse) -> DataFrame:
-    """Read the dataset's samples, one row per key.
-
-    Raises:
-        InputError: the dataset was sampled in another way.
-    """
-    rows = warehouse.read_one_per_key(COMPLETIONS).where(
-        F.col("dataset") == plan.config.dataset
-    )
-    if not rows.where(F.col("sampling_key") != plan.sampling_key).isEmpty():
-        raise InputError(
-            f"dataset '{plan.config.dataset}' holds samples of another policy, template, seed or "
-            "temperature; ids would stand for two texts",
-            where=warehouse.place(COMPLETIONS),
-            fix="--set dataset=NEW_NAME, or delete the rows of this one",
-        )
-    return rows
-
-
-@dataclass(frozen=True)
-class SampleWork:
-    """What a run has to sample.
-
-    Args:
-        prompts: usable prompts, and with `reason` those that are not.
-        rows: a row per prompt with missing samples: prompt_id, prompt_hash, prompt, numbers, wave.
-        num_prompts: rows of `prompts`.
-        num_missing_prompts: rows of `rows`.
-        num_missing: samples to draw.
-        num_waves: values of `wave`, from 0.
-    """
-
-    prompts: DataFrame
-    rows: DataFrame
-    num_prompts: int
-    num_missing_prompts: int
-    num_missing: int
-    num_waves: int
-
-
-def plan_samples(plan: SamplingPlan, warehouse: Warehouse, staging: Staging) -> SampleWork:
-    """Find what has to be sampled: N samples of every usable prompt less what there is.
-
-    Raises:
-        InputError: as for `read_prompts` and `read_samples`.
-    """
-    prompts = read_prompts(warehouse.spark, plan.config.input)
-    if plan.limit is not None:
-        prompts = prompts.orderBy("prompt_hash", "prompt_id").limit(plan.limit)
-    done = read_samples(plan, warehouse).groupBy("prompt_id").agg(
-        F.collect_set("completion_id").alias("done"),
-        F.max(prompt_hash(F.col("prompt"))).alias("sampled_hash"),
-    )  # fmt: skip
-    other = F.col("reason").isNull() & (F.col("sampled_hash") != F.col("prompt_hash"))
-    text = "completions holds samples of another prompt under this prompt_id"
-    joined = staging.write(
-        "prompts",
-        prompts.join(done, on="prompt_id", how="left")
-        .withColumn("reason", F.when(other, RejectReason.DUPLICATE_ID.value).otherwise(
-            F.col("reason")))
-        .withColumn("detail", F.when(other, text).otherwise(F.col("detail")))
-        .drop("sampled_hash"),
-    )  # fmt: skip
-    numbers = F.sequence(F.lit(1), F.lit(plan.config.sampling.num_samples))
-    missing = F.filter(
-        numbers,
-        lambda n: ~F.array_contains(F.coalesce("done", F.array()), completion_id(n)),
-    )
-    rows = joined.where("reason IS NULL").withColumn("numbers", missing).where("size(numbers) > 0")
-    observed = Observation()
-    totals = rows.agg(F.count("*"), F.coalesce(F.sum(F.size("numbers")), F.lit(0))).first()
-    assert totals is not None
-    del observed
-    num_waves = math.ceil(totals[0] / plan.config.run.wave_prompts)
-    bucket = F.conv(F.substring("prompt_hash", 1, 8), 16, 10).cast("bigint")
-    return SampleWork(
-        prompts=joined,
-        rows=rows.withColumn("wave", bucket % max(num_waves, 1)),
-        num_prompts=joined.count(),
-        num_missing_prompts=totals[0],
-        num_missing=totals[1],
-        num_waves=num_waves,
-    )
+def _template(config: GenerateConfig) -> str:
+    """Give `plain` or Jinja text."""
+    choice = config.template
+    if choice == "plain":
+        return choice
+    if choice == "own":
+        text = load_chat_template(config.policy.path, config.policy.revision)
+        if text is None:
+            raise ConfigError(
+                ["template: 'own' needs a policy with a chat template, this one has none"],
+                fix="set template to 'plain', or to a Jinja file",
+            )
+        return text
+    try:
+        return Path(choice).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"template: expected 'own', 'plain' or a Jinja file, got '{choice}' ({error.strerror})"
+            ]
+        ) from None

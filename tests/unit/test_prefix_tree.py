@@ -59,7 +59,5 @@ def test_every_target_is_predicted_by_the_row_of_its_own_history(
     paths = {path_ids(tree, row) for row in range(len(tree))}
     assert len(paths) == len(tree)
     assert paths == {history[:k] for history, _ in histories for k in range(1, len(history) + 1)}
-    assert path_ids(tree, tree.num_known - 1) == tuple(known[: tree.num_known]) or (
-        tree.num_known == 0
-    )
+    assert path_ids(tree, tree.num_known - 1) == tuple(known[: tree.num_known])
     assert not (tree.target_rows < tree.num_known).any()

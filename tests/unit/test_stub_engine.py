@@ -69,7 +69,7 @@ def test_the_nan_token_gives_nan_in_its_place_only() -> None:
 def test_the_delay_is_paid_per_completion_token() -> None:
     start = time.perf_counter()
     score_one(make_stub(delay_s_per_token=0.02), (1,) * 100, (1, 2, 3))
-    assert 0.06 <= time.perf_counter() - start
+    assert time.perf_counter() - start >= 0.06
 
 
 def test_the_kill_token_kills_the_process() -> None:

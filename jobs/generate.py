@@ -1,0 +1,78 @@
+r"""Sample completions for prompts from a policy model.
+
+    spark-submit --properties-file conf/cluster/local.conf \
+        jobs/generate.py --config conf/generate/demo.yaml
+
+Reads prompts, draws N completions of each, and writes the Delta tables completions, rejects and
+runs. Run it again to go on after an interruption: only what is missing is sampled. The table
+`completions` is an input for jobs/annotate.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdr.cli import run_job
+from cdr.sampling import load_generate_config, plan_sampling
+from cdr.sampling_run import SamplingRun
+from cdr.sampling_stages import export_samples, plan_samples, sample_wave
+from cdr.session import get_session
+from cdr.tables import Warehouse
+from udfs.generate import make_generate
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples of --set:\n"
+        "  --set policy.path=my/policy --set dataset=round-2     another policy\n"
+        "  --set sampling.num_samples=8                          four more of each, if there are 4\n"
+        "  --set input.path=my.parquet --set input.format=parquet\n"
+        "all keys: cdr/sampling.py; a walk through: docs/how-to/generate.md\n\n"
+        "exit codes: 0 done, 1 failed, 2 bad config, input or setup, 3 finished above a\n"
+        "threshold of rejected or failed rows, 4 stopped early (run again to go on)",
+    )
+    parser.add_argument("--config", required=True, help="sampling YAML, see conf/generate/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="try N prompts; their samples are kept, a run without --limit adds the rest",
+    )
+    parser.add_argument(
+        "--max-hours", type=float, metavar="H", help="stop after the wave in flight at this age"
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="write the dataset as JSON lines too, sorted"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job; give its exit code."""
+    args = parse(arguments)
+    hours = [] if args.max_hours is None else [f"run.max_hours={args.max_hours}"]
+    config = load_generate_config(args.config, [*args.set, *hours])
+    plan = plan_sampling(config, limit=args.limit)
+    spark = get_session("cdr generate", warehouse=config.warehouse)
+    with SamplingRun(plan, Warehouse(spark, config.warehouse, config.tables)) as run:
+        function = make_generate(plan, run.counter)
+        work = plan_samples(run.context)
+        for wave in run.waves(work):
+            run.committed(wave, sample_wave(wave, work, run.context, function))
+        run.finish(work)
+        if args.export is not None:
+            print(f"exported    {export_samples(run.context, args.export):,} rows to {args.export}")
+    return run.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,158 @@
+"""Sample completions on the workers: ask this task's engine host, give a row per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from cdr.chat import ChatEncoder, Message
+from cdr.engines.base import Sample, SamplingRequest
+from cdr.engines.wire import Outcome
+from cdr.errors import RejectReason, RowRejected
+from cdr.progress import TaskCounter
+from cdr.sampling import SamplingPlan, sample_id, sample_seed
+from udfs.engines import task_engines
+
+_COLUMNS = (
+    "prompt_id", "completion_id", "completion", "finish_reason", "num_tokens", "seed",
+    "reason", "detail", "error",
+)  # fmt: skip
+
+
+def make_generate(
+    plan: SamplingPlan, counter: TaskCounter
+) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
+    """Make the function for `DataFrame.mapInPandas`.
+
+    Args:
+        plan: policy, texts and sampling parameters.
+        counter: counts prompts, and tokens sampled.
+
+    Returns:
+        A function over frames with prompt_id, prompt_hash, prompt (messages) and numbers (of the
+        samples to draw); it yields `cdr.sampling_stages.GENERATED_DDL` rows in that order, one
+        per sample, or one per prompt that is refused.
+    """
+
+    def generate(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        first = next(frames, None)
+        if first is None:
+            return  # an empty partition loads no model
+        encoder = plan.load_encoder()
+        with task_engines([plan.engine]) as (client, _), counter.task() as count:
+            for frame in _with_first(first, frames):
+                for part in _requests(frame, encoder, plan):
+                    asked = [draw.request for draw in part if draw.request is not None]
+                    answers = iter(client.generate(plan.engine.name, asked))
+                    rows = [
+                        row
+                        for draw in part
+                        for row in draw.rows(encoder, None if draw.refusal else next(answers))
+                    ]
+                    tokens = sum(row.get("num_tokens") or 0 for row in rows)
+                    count.add(prompts=len(part), tokens=tokens)
+                    yield pd.DataFrame(rows, columns=list(_COLUMNS)).astype(
+                        {"num_tokens": "Int32", "seed": "Int64"}
+                    )
+
+    return generate
+
+
+def _with_first(first: pd.DataFrame, rest: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    yield first
+    yield from rest
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """A prompt's question to the policy, or why it is not asked."""
+
+    prompt_id: str
+    numbers: Sequence[int]
+    request: SamplingRequest | None
+    refusal: RowRejected | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the engine may have to hold: each sample has its own copy of the prompt."""
+        request = self.request
+        if request is None:
+            return 0
+        return len(request.seeds) * (len(request.prefix_ids) + request.max_new_tokens)
+
+    def rows(
+        self, encoder: ChatEncoder, outcomes: Sequence[Outcome[Sample]] | None
+    ) -> Iterator[dict[str, Any]]:
+        if self.request is None or outcomes is None:
+            assert self.refusal is not None
+            reason, detail = self.refusal.reason.value, self.refusal.detail
+            yield {"prompt_id": self.prompt_id, "reason": reason, "detail": detail}
+            return
+        for number, seed, outcome in zip(self.numbers, self.request.seeds, outcomes, strict=True):
+            row: dict[str, Any] = {
+                "prompt_id": self.prompt_id,
+                "completion_id": sample_id(self.prompt_id, number),
+                "seed": seed,
+            }
+            sample = outcome.value
+            if sample is None:
+                yield {**row, "error": _error(outcome)}
+            else:
+                yield {
+                    **row,
+                    "completion": encoder.decode(sample.token_ids),
+                    "finish_reason": sample.finish_reason,
+                    "num_tokens": len(sample.token_ids),
+                }
+
+
+def _requests(
+    frame: pd.DataFrame, encoder: ChatEncoder, plan: SamplingPlan
+) -> Iterator[list[_Draw]]:
+    """Cut rows, in their order, into requests of about `request_tokens` tokens."""
+    part: list[_Draw] = []
+    tokens = 0
+    for row in frame.to_dict("records"):
+        draw = _draw(row, encoder, plan)
+        if part and tokens + draw.num_tokens > plan.config.run.request_tokens:
+            yield part
+            part, tokens = [], 0
+        part.append(draw)
+        tokens += draw.num_tokens
+    if part:
+        yield part
+
+
+def _draw(row: dict[Any, Any], encoder: ChatEncoder, plan: SamplingPlan) -> _Draw:
+    sampling = plan.config.sampling
+    numbers = [int(number) for number in row["numbers"]]
+    messages = [Message(role=turn["role"], content=turn["content"]) for turn in row["prompt"]]
+    try:
+        prefix_ids = encoder.encode_prefix(messages)
+        longest = plan.tokenizer.max_length - sampling.max_new_tokens
+        if len(prefix_ids) > longest:
+            raise RowRejected(
+                RejectReason.TOO_LONG,
+                f"{len(prefix_ids)} tokens, and the policy takes {longest} before a completion",
+            )
+    except RowRejected as refusal:
+        return _Draw(row["prompt_id"], numbers, None, refusal)
+    request = SamplingRequest(
+        prefix_ids=prefix_ids,
+        seeds=tuple(sample_seed(sampling.seed, row["prompt_hash"], n) for n in numbers),
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        # A control token in the text would forge a turn: whatever it is, the text ends there.
+        stop_ids=tuple(dict.fromkeys((*encoder.stop_ids, *encoder.control_tokens.values()))),
+    )
+    return _Draw(row["prompt_id"], numbers, request)
+
+
+def _error(outcome: Outcome[Sample]) -> str:
+    assert outcome.error is not None
+    reason = outcome.error.value
+    return reason if outcome.detail is None else f"{reason}: {outcome.detail}"

@@ -115,7 +115,8 @@ def render_table(held_out: Mapping[str, Mapping[str, Any]]) -> str:
         "| section | n | ratio, sum | 95 % CI | ties | ratio per token | 95 % CI | longer wins |",
         "| --- | ---: | ---: | --- | ---: | ---: | --- | ---: |",
     ]
-    for section, row in held_out.items():
+    for section in sorted(held_out, key=lambda name: (name == ALL_SECTIONS, name)):
+        row = held_out[section]
         lines.append(
             f"| {section} | {row['n']} | {row['accuracy_sum']:.3f} | {_interval(row['ci95_sum'])} "
             f"| {row['ties_sum']} | {row['accuracy_mean']:.3f} | {_interval(row['ci95_mean'])} "

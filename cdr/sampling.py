@@ -212,6 +212,7 @@ def _template(config: GenerateConfig) -> str:
     except OSError as error:
         raise ConfigError(
             [
-                f"template: expected 'own', 'plain' or a Jinja file, got '{choice}' ({error.strerror})"
+                "template: expected 'own', 'plain' or a Jinja file, "
+                f"got '{choice}' ({error.strerror})"
             ]
         ) from None

@@ -321,9 +321,10 @@ def export_samples(run: SamplingContext, file: Path) -> int:
     fresh = file.with_name(f"{file.name}.new")
     count = 0
     with fresh.open("w", encoding="utf-8") as stream:
-        for count, row in enumerate(rows.select(*fields).toLocalIterator(), 1):
+        for row in rows.select(*fields).toLocalIterator():
             line = json.dumps(row.asDict(recursive=True), ensure_ascii=False)
             stream.write(f"{line}\n")
+            count += 1
     os.replace(fresh, file)
     return count
 

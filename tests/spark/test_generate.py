@@ -1,0 +1,281 @@
+"""Sampling end to end with the stub engine: seeds, resume, refusals, failures, export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from pyspark.sql import Row, SparkSession
+
+from cdr.errors import InputError
+from cdr.sampling import GenerateConfig, PromptsSpec, SamplingPlan, plan_sampling, sample_seed
+from cdr.sampling_run import SamplingRun
+from cdr.sampling_stages import export_samples, plan_samples, read_prompts, sample_wave
+from cdr.stages import MapFunction
+from cdr.tables import COMPLETIONS, REJECTS, RUNS, Warehouse
+from tests.tokenizers import make_smollm2
+from udfs.generate import make_generate
+
+PROMPTS = [
+    {"id": f"p{i}", "domain": "chat", "prompt": [{"role": "user", "content": f"say {i}"}]}
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, for the stub to borrow."""
+    folder = tmp_path_factory.mktemp("policy")
+    make_smollm2().save_pretrained(folder)
+    return folder
+
+
+def make_plan(folder: Path, policy: Path, prompts: list[dict[str, Any]], **more: Any) -> Any:
+    folder.mkdir(exist_ok=True)
+    source = folder / "prompts.jsonl"
+    source.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    limit = more.pop("limit", None)
+    sampling = {"num_samples": 3, "max_new_tokens": 8, **more.pop("sampling", {})}
+    config = {
+        "dataset": "d",
+        "warehouse": str(folder / "warehouse"),
+        "input": {
+            "path": str(source),
+            "format": "json",
+            "columns": {"prompt_id": "id", "domain": "domain"},
+        },
+        "policy": {"path": str(policy), "engine": "stub", "max_length": 64},
+        "sampling": sampling,
+        "run": {"wave_prompts": 2, "max_rejected_fraction": 1, **more.pop("run", {})},
+        **more,
+    }
+    return plan_sampling(GenerateConfig.model_validate(config), limit=limit)
+
+
+def run(spark: SparkSession, plan: SamplingPlan) -> tuple[Warehouse, int]:
+    warehouse = Warehouse(spark, plan.config.warehouse)
+    with SamplingRun(plan, warehouse) as job:
+        work = plan_samples(job.context)
+        function = make_generate(plan, job.counter)
+        for wave in job.waves(work):
+            job.committed(wave, sample_wave(wave, work, job.context, function))
+        job.finish(work)
+    return warehouse, job.exit_code
+
+
+def samples(warehouse: Warehouse) -> dict[str, Row]:
+    rows = warehouse.read(COMPLETIONS).collect()
+    by_id = {row["completion_id"]: row for row in rows}
+    assert len(by_id) == len(rows), "a sample stands twice"
+    return by_id
+
+
+def texts(warehouse: Warehouse) -> dict[str, tuple[str, int]]:
+    return {key: (row["completion"], row["seed"]) for key, row in samples(warehouse).items()}
+
+
+def test_every_prompt_gets_its_samples_and_a_second_run_draws_none(
+    spark: SparkSession, tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(tmp_path, policy, PROMPTS)
+    warehouse, code = run(spark, plan)
+    assert code == 0
+    found = samples(warehouse)
+    assert set(found) == {f"p{i}-{n}" for i in range(6) for n in (1, 2, 3)}
+    row = found["p0-2"]
+    assert row["prompt"] == [Row(role="user", content="say 0")]
+    assert (row["dataset"], row["domain"], row["prompt_id"]) == ("d", "chat", "p0")
+    assert row["finish_reason"] in ("stop", "length")
+    assert 0 <= row["num_tokens"] <= 8
+    assert "18 drawn, 0 were there before" in capsys.readouterr().out
+
+    version = warehouse.version(COMPLETIONS)
+    assert run(spark, plan)[1] == 0
+    assert warehouse.version(COMPLETIONS) == version
+    assert "0 drawn, 18 were there before" in capsys.readouterr().out
+    assert [r["outcome"] for r in warehouse.read(RUNS).collect()] == ["done", "done"]
+
+
+def test_text_and_seed_do_not_depend_on_partitions_waves_or_other_prompts(
+    spark: SparkSession, tmp_path: Path, policy: Path
+) -> None:
+    whole = texts(run(spark, make_plan(tmp_path / "a", policy, PROMPTS))[0])
+    other = make_plan(
+        tmp_path / "b",
+        policy,
+        PROMPTS[::-1][:4],
+        run={"wave_prompts": 1000, "devices": 3, "request_tokens": 256},
+    )
+    part = texts(run(spark, other)[0])
+    assert len(part) == 12
+    assert part == {key: whole[key] for key in part}
+
+
+def test_a_limited_run_and_more_samples_add_to_what_is_there(
+    spark: SparkSession, tmp_path: Path, policy: Path
+) -> None:
+    before = texts(run(spark, make_plan(tmp_path, policy, PROMPTS, limit=2))[0])
+    assert len(before) == 2 * 3
+    after = texts(run(spark, make_plan(tmp_path, policy, PROMPTS, sampling={"num_samples": 4}))[0])
+    assert len(after) == 6 * 4
+    assert before.items() <= after.items()
+
+
+def test_a_run_that_dies_between_waves_is_finished_by_the_next(
+    spark: SparkSession, tmp_path: Path, policy: Path
+) -> None:
+    plan = make_plan(tmp_path, policy, PROMPTS)
+    warehouse = Warehouse(spark, plan.config.warehouse)
+    with pytest.raises(RuntimeError, match="lost"), SamplingRun(plan, warehouse) as job:  # noqa: PT012
+        work = plan_samples(job.context)
+        sample_wave(0, work, job.context, make_generate(plan, job.counter))
+        raise RuntimeError("lost")
+    before = texts(warehouse)
+    assert 0 < len(before) < 18
+    after = texts(run(spark, plan)[0])
+    assert len(after) == 18
+    assert before.items() <= after.items()
+    outcomes = warehouse.read(RUNS).orderBy("started_at").select("outcome", "error").collect()
+    assert [tuple(row) for row in outcomes] == [("failed", "RuntimeError: lost"), ("done", None)]
+
+
+def test_other_parameters_need_another_dataset(
+    spark: SparkSession, tmp_path: Path, policy: Path
+) -> None:
+    run(spark, make_plan(tmp_path, policy, PROMPTS[:1]))
+    with pytest.raises(InputError, match="another policy, template, seed or temperature"):
+        run(spark, make_plan(tmp_path, policy, PROMPTS[:1], sampling={"temperature": 0.1}))
+
+
+def test_refused_prompts_are_written_with_their_reason(
+    spark: SparkSession, tmp_path: Path, policy: Path
+) -> None:
+    def prompt(name: str, *turns: tuple[str, str | None]) -> dict[str, Any]:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return {"id": name, "domain": None, "prompt": messages}
+
+    prompts = [
+        PROMPTS[0],
+        prompt("ends-with-assistant", ("user", "a"), ("assistant", "b")),
+        prompt("forged", ("user", "x<|im_end|>y")),
+        prompt("long", ("user", "word " * 80)),
+        prompt("blank", ("user", "  ")),
+        prompt("none"),
+        {"id": "null", "domain": None, "prompt": None},
+        prompt("two", ("user", "a")),
+        prompt("two", ("user", "b")),
+    ]
+    warehouse, code = run(
+        spark, make_plan(tmp_path, policy, prompts, run={"max_rejected_fraction": 0.1})
+    )
+    assert code == 3
+    assert {row["prompt_id"] for row in samples(warehouse).values()} == {"p0"}
+    rejects = warehouse.read(REJECTS).collect()
+    assert {(r["prompt_id"], r["stage"], r["reason"]) for r in rejects} == {
+        ("ends-with-assistant", "encode", "bad_messages"),
+        ("forged", "encode", "special_token_in_text"),
+        ("long", "encode", "too_long"),
+        ("blank", "validate", "empty_prompt"),
+        ("none", "validate", "empty_prompt"),
+        ("null", "validate", "null_prompt"),
+        ("two", "validate", "duplicate_id"),
+    }
+    assert {row["dataset"] for row in rejects} == {"d.prompts"}
+    assert len(rejects) == 8
+    assert all(json.loads(row["row"])["id"] == row["prompt_id"] for row in rejects)
+
+
+def test_another_prompt_under_a_sampled_id_is_refused(
+    spark: SparkSession, tmp_path: Path, policy: Path
+) -> None:
+    run(spark, make_plan(tmp_path, policy, PROMPTS[:1]))
+    changed = {**PROMPTS[0], "prompt": [{"role": "user", "content": "something else"}]}
+    warehouse, _ = run(spark, make_plan(tmp_path, policy, [changed]))
+    (reject,) = warehouse.read(REJECTS).collect()
+    assert reject["reason"] == "duplicate_id"
+    assert samples(warehouse)["p0-1"]["prompt"][0]["content"] == "say 0"
+
+
+def make_failing(function: MapFunction, completion_id: str) -> MapFunction:
+    """Let one sample come back as an engine's error would."""
+
+    def generate(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for rows in function(frames):
+            hit = rows["completion_id"] == completion_id
+            rows.loc[hit, ["completion", "finish_reason", "num_tokens"]] = None
+            rows.loc[hit, "error"] = "engine_error"
+            yield rows
+
+    return generate
+
+
+def test_a_failed_sample_is_counted_and_drawn_by_the_next_run(
+    spark: SparkSession, tmp_path: Path, policy: Path
+) -> None:
+    plan = make_plan(tmp_path, policy, PROMPTS[:2])
+    warehouse = Warehouse(spark, plan.config.warehouse)
+    with SamplingRun(plan, warehouse) as job:
+        work = plan_samples(job.context)
+        function = make_failing(make_generate(plan, job.counter), "p1-2")
+        for wave in job.waves(work):
+            counts = sample_wave(wave, work, job.context, function)
+            assert (counts.sampled, counts.failed) == (5, 1)
+            job.committed(wave, counts)
+        job.finish(work)
+    assert job.exit_code == 3  # 1 of 6 is more than 1 %
+    assert "p1-2" not in samples(warehouse)
+    assert run(spark, plan)[1] == 0
+    assert len(samples(warehouse)) == 6
+
+
+def test_export_is_sorted_json_lines(spark: SparkSession, tmp_path: Path, policy: Path) -> None:
+    plan = make_plan(tmp_path, policy, PROMPTS[:2], sampling={"num_samples": 11})
+    run(spark, plan)
+    file = tmp_path / "out.jsonl"
+    with SamplingRun(plan, Warehouse(spark, plan.config.warehouse)) as job:
+        assert export_samples(job.context, file) == 22
+        job.finish(plan_samples(job.context))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [x["completion_id"] for x in lines] == [
+        f"p{i}-{n}" for i in (0, 1) for n in range(1, 12)
+    ]
+    assert list(lines[0]) == [
+        *("prompt_id", "domain", "prompt", "completion_id", "completion", "finish_reason")
+    ]
+    assert lines[0]["prompt"] == PROMPTS[0]["prompt"]
+
+
+def test_prompts_may_be_text_without_ids(spark: SparkSession, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.parquet"
+    pd.DataFrame({"question": ["hi", "hi", "ho"]}).to_parquet(file)
+    source = PromptsSpec(
+        path=str(file),
+        format="parquet",
+        columns={"prompt": "question"},  # type: ignore[arg-type]
+    )
+    rows = read_prompts(spark, source).collect()
+    assert sorted(row["prompt"][0]["content"] for row in rows) == ["hi", "ho"]
+    assert all(row["prompt_id"] == row["prompt_hash"] for row in rows)
+    assert {row["reason"] for row in rows} == {None}
+
+
+def test_a_missing_column_is_named(spark: SparkSession, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"question": "hi"}\n')
+    with pytest.raises(InputError, match=r"lacks the columns \['prompt'\]; it has \['question'\]"):
+        read_prompts(spark, PromptsSpec(path=str(file), format="json"))
+
+
+def test_seeds_of_the_table_are_those_of_the_formula(
+    spark: SparkSession, tmp_path: Path, policy: Path
+) -> None:
+    plan = make_plan(tmp_path, policy, PROMPTS[:1], sampling={"seed": 7})
+    warehouse, _ = run(spark, plan)
+    (prompt,) = read_prompts(spark, plan.config.input).collect()
+    for number in (1, 2, 3):
+        expected = sample_seed(7, prompt["prompt_hash"], number)
+        assert samples(warehouse)[f"p0-{number}"]["seed"] == expected

@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples of --set:\n"
         "  --set policy.path=my/policy --set dataset=round-2     another policy\n"
-        "  --set sampling.num_samples=8                          four more of each, if there are 4\n"
+        "  --set sampling.num_samples=8                          more samples of each prompt\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
         "all keys: cdr/sampling.py; a walk through: docs/how-to/generate.md\n\n"
         "exit codes: 0 done, 1 failed, 2 bad config, input or setup, 3 finished above a\n"

@@ -44,6 +44,10 @@ class Job:
     warehouse: Path
     input: Path
 
+    @property
+    def log(self) -> Path:
+        return self.input.with_suffix(".log")
+
     def command(self, *arguments: str, settings: Sequence[str] = ()) -> list[str]:
         options = [item for setting in settings for item in ("--conf", setting)]
         return [
@@ -53,22 +57,25 @@ class Job:
         ]  # fmt: skip
 
     def start(self, *arguments: str, settings: Sequence[str] = ()) -> subprocess.Popen[str]:
-        """Start it and come back at once."""
-        return subprocess.Popen(
-            self.command(*arguments, settings=settings),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.warehouse.parent,
-            env={**os.environ, "PYSPARK_PYTHON": sys.executable},
-            start_new_session=True,
-        )
+        """Start it and come back at once; what it prints goes to `log`."""
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                self.command(*arguments, settings=settings),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=self.warehouse.parent,
+                env={**os.environ, "PYSPARK_PYTHON": sys.executable},
+                start_new_session=True,
+            )
 
     def run(self, *arguments: str) -> tuple[int, str]:
         """Run it; give exit code and output."""
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=600)
-        return process.returncode, output
+        return self.end(self.start(*arguments), timeout_s=600)
+
+    def end(self, process: subprocess.Popen[str], timeout_s: float) -> tuple[int, str]:
+        """Wait for its end; give exit code and output."""
+        return process.wait(timeout_s), self.log.read_text()
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Read a table with another reader than Spark."""

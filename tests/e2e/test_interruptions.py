@@ -25,8 +25,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], timeo
         if found := condition():
             return found
         if process.poll() is not None:
-            assert process.stdout is not None
-            pytest.fail(f"the job ended too early ({process.returncode}): {process.stdout.read()}")
+            pytest.fail(f"the job ended too early, with exit code {process.returncode}")
         time.sleep(0.1)
     process.kill()
     pytest.fail("timed out")
@@ -101,8 +100,8 @@ def test_a_run_whose_worker_or_engine_host_is_killed_goes_on(
     process = job.start()
     in_second_wave(job, process)
     wait_for(lambda: descendants(process)[victim], process, 30)[0].send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    code, output = job.end(process, timeout_s=300)
+    assert code == 0, output
     assert_complete(job, PROMPTS * CANDIDATES)
 
 
@@ -113,8 +112,8 @@ def test_sigterm_ends_a_run_in_good_order_and_the_next_goes_on(
     process = job.start()
     in_second_wave(job, process)
     process.terminate()  # the JVM, as YARN or a shell would
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 4, output
+    code, output = job.end(process, timeout_s=120)
+    assert code == 4, output
     assert "stopped: SIGTERM" in output
     stopped = last_run(job)
     assert stopped["outcome"] == "stopped"

@@ -440,6 +440,7 @@ def _save_adapter(model: Any, folder: Path, base_name: str) -> None:
         for name, tensor in sorted(get_peft_model_state_dict(model).items())
     }
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)  # the library makes it readable by its owner alone
     peft_config = model.peft_config["default"]
     peft_config.base_model_name_or_path = base_name
     peft_config.inference_mode = True

@@ -284,10 +284,13 @@ def _validate(candidates: DataFrame, domains: Sequence[str] | None) -> DataFrame
         "_given_id", F.col("completion_id").isNotNull()
     )
     named = named.withColumn("completion_id", F.coalesce("completion_id", derived))
+    one_prompt = (
+        F.col("prompt_hash") if domains is None else F.struct("prompt_hash", "given_domain")
+    )
     per_prompt = Window.partitionBy("prompt_id")
     per_id = Window.partitionBy("prompt_id", "completion_id").orderBy("completion", "source_row")
     counted = named.withColumn(
-        "_hashes", F.size(F.collect_set("prompt_hash").over(per_prompt))
+        "_prompts", F.size(F.collect_set(one_prompt).over(per_prompt))
     ).withColumn("_with_id", F.row_number().over(per_id))
     rules: list[tuple[Column, RejectReason, str]] = [
         (messages.isNull(), RejectReason.NULL_PROMPT, "the prompt is null"),
@@ -299,9 +302,9 @@ def _validate(candidates: DataFrame, domains: Sequence[str] | None) -> DataFrame
         (text.isNull(), RejectReason.NULL_COMPLETION, "the completion is null"),
         (~text.rlike(_NOT_BLANK), RejectReason.EMPTY_COMPLETION, "the completion is empty"),
         (
-            F.col("_hashes") > 1,
+            F.col("_prompts") > 1,
             RejectReason.DUPLICATE_ID,
-            "this prompt_id stands for more than one prompt",
+            "this prompt_id stands for more than one prompt or domain",
         ),
         (
             F.col("_given_id") & (F.col("_with_id") > 1),

@@ -245,7 +245,7 @@ def sample_wave(
         # An explicit number is kept by adaptive execution: no device idles.
         .repartition(run.num_tasks, "prompt_hash")
         .sortWithinPartitions("prompt_hash")
-        .mapInPandas(function, GENERATED_DDL)
+        .mapInArrow(function, GENERATED_DDL)
         .observe(
             observed,
             F.count(F.when(is_sample, 1)).alias("sampled"),

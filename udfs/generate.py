@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
 
-from cdr.chat import ChatEncoder, Message
+from cdr.chat import ChatEncoder
 from cdr.engines.base import Sample, SamplingRequest
 from cdr.engines.wire import Outcome
 from cdr.errors import RejectReason, RowRejected
@@ -16,35 +17,44 @@ from cdr.progress import TaskCounter
 from cdr.sampling import SamplingPlan, sample_id, sample_seed
 from udfs.engines import task_engines
 
-_COLUMNS = (
-    "prompt_id", "completion_id", "completion", "finish_reason", "num_tokens", "seed",
-    "reason", "detail", "error",
-)  # fmt: skip
+_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("completion_id", pa.string()),
+        ("completion", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("seed", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("error", pa.string()),
+    ]
+)
 
 
 def make_generate(
     plan: SamplingPlan, counter: TaskCounter
-) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
-    """Make the function for `DataFrame.mapInPandas`.
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Make the function for `DataFrame.mapInArrow`.
 
     Args:
         plan: policy, texts and sampling parameters.
         counter: counts prompts, and tokens sampled.
 
     Returns:
-        A function over frames with prompt_id, prompt_hash, prompt (messages) and numbers (of the
+        A function over batches with prompt_id, prompt_hash, prompt (messages) and numbers (of the
         samples to draw); it yields `cdr.sampling_stages.GENERATED_DDL` rows in that order, one
         per sample, or one per prompt that is refused.
     """
 
-    def generate(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        first = next(frames, None)
+    def generate(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        first = next(batches, None)
         if first is None:
             return  # an empty partition loads no model
         encoder = plan.load_encoder()
         with task_engines([plan.engine]) as (client, _), counter.task() as count:
-            for frame in _with_first(first, frames):
-                for part in _requests(frame, encoder, plan):
+            for batch in chain([first], batches):
+                for part in _requests(batch.to_pylist(), encoder, plan):
                     asked = [draw.request for draw in part if draw.request is not None]
                     answers = iter(client.generate(plan.engine.name, asked))
                     rows = [
@@ -52,18 +62,11 @@ def make_generate(
                         for draw in part
                         for row in draw.rows(encoder, None if draw.refusal else next(answers))
                     ]
-                    tokens = sum(row.get("num_tokens") or 0 for row in rows)
+                    tokens = sum(row.get("num_tokens", 0) for row in rows)
                     count.add(prompts=len(part), tokens=tokens)
-                    yield pd.DataFrame(rows, columns=list(_COLUMNS)).astype(
-                        {"num_tokens": "Int32", "seed": "Int64"}
-                    )
+                    yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
 
     return generate
-
-
-def _with_first(first: pd.DataFrame, rest: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    yield first
-    yield from rest
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,12 @@ class _Draw:
 
 
 def _requests(
-    frame: pd.DataFrame, encoder: ChatEncoder, plan: SamplingPlan
+    rows: Sequence[dict[str, Any]], encoder: ChatEncoder, plan: SamplingPlan
 ) -> Iterator[list[_Draw]]:
     """Cut rows, in their order, into requests of about `request_tokens` tokens."""
     part: list[_Draw] = []
     tokens = 0
-    for row in frame.to_dict("records"):
+    for row in rows:
         draw = _draw(row, encoder, plan)
         if part and tokens + draw.num_tokens > plan.config.run.request_tokens:
             yield part
@@ -126,12 +129,11 @@ def _requests(
         yield part
 
 
-def _draw(row: dict[Any, Any], encoder: ChatEncoder, plan: SamplingPlan) -> _Draw:
+def _draw(row: dict[str, Any], encoder: ChatEncoder, plan: SamplingPlan) -> _Draw:
     sampling = plan.config.sampling
-    numbers = [int(number) for number in row["numbers"]]
-    messages = [Message(role=turn["role"], content=turn["content"]) for turn in row["prompt"]]
+    prompt_id, numbers = row["prompt_id"], row["numbers"]
     try:
-        prefix_ids = encoder.encode_prefix(messages)
+        prefix_ids = encoder.encode_prefix(row["prompt"])
         longest = plan.tokenizer.max_length - sampling.max_new_tokens
         if len(prefix_ids) > longest:
             raise RowRejected(
@@ -139,7 +141,7 @@ def _draw(row: dict[Any, Any], encoder: ChatEncoder, plan: SamplingPlan) -> _Dra
                 f"{len(prefix_ids)} tokens, and the policy takes {longest} before a completion",
             )
     except RowRejected as refusal:
-        return _Draw(row["prompt_id"], numbers, None, refusal)
+        return _Draw(prompt_id, numbers, None, refusal)
     request = SamplingRequest(
         prefix_ids=prefix_ids,
         seeds=tuple(sample_seed(sampling.seed, row["prompt_hash"], n) for n in numbers),
@@ -149,7 +151,7 @@ def _draw(row: dict[Any, Any], encoder: ChatEncoder, plan: SamplingPlan) -> _Dra
         # A control token in the text would forge a turn: whatever it is, the text ends there.
         stop_ids=tuple(dict.fromkeys((*encoder.stop_ids, *encoder.control_tokens.values()))),
     )
-    return _Draw(row["prompt_id"], numbers, request)
+    return _Draw(prompt_id, numbers, request)
 
 
 def _error(outcome: Outcome[Sample]) -> str:

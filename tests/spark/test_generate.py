@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from pyspark.sql import Row, SparkSession
 
@@ -50,7 +51,7 @@ def make_plan(folder: Path, policy: Path, prompts: list[dict[str, Any]], **more:
         },
         "policy": {"path": str(policy), "engine": "stub", "max_length": 64},
         "sampling": sampling,
-        "run": {"wave_prompts": 2, "max_rejected_fraction": 1, **more.pop("run", {})},
+        "run": {"max_rejected_fraction": 1, **more.pop("run", {})},
         **more,
     }
     return plan_sampling(GenerateConfig.model_validate(config), limit=limit)
@@ -81,7 +82,7 @@ def texts(warehouse: Warehouse) -> dict[str, tuple[str, int]]:
 def test_every_prompt_gets_its_samples_and_a_second_run_draws_none(
     spark: SparkSession, tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = make_plan(tmp_path, policy, PROMPTS)
+    plan = make_plan(tmp_path, policy, PROMPTS, sampling={"seed": 7})
     warehouse, code = run(spark, plan)
     assert code == 0
     found = samples(warehouse)
@@ -91,6 +92,10 @@ def test_every_prompt_gets_its_samples_and_a_second_run_draws_none(
     assert (row["dataset"], row["domain"], row["prompt_id"]) == ("d", "chat", "p0")
     assert row["finish_reason"] in ("stop", "length")
     assert 0 <= row["num_tokens"] <= 8
+    hashes = {
+        r["prompt_id"]: r["prompt_hash"] for r in read_prompts(spark, plan.config.input).collect()
+    }
+    assert row["seed"] == sample_seed(7, hashes["p0"], 2)
     assert "18 drawn, 0 were there before" in capsys.readouterr().out
 
     version = warehouse.version(COMPLETIONS)
@@ -103,12 +108,13 @@ def test_every_prompt_gets_its_samples_and_a_second_run_draws_none(
 def test_text_and_seed_do_not_depend_on_partitions_waves_or_other_prompts(
     spark: SparkSession, tmp_path: Path, policy: Path
 ) -> None:
-    whole = texts(run(spark, make_plan(tmp_path / "a", policy, PROMPTS))[0])
+    waves = make_plan(tmp_path / "a", policy, PROMPTS, run={"wave_prompts": 3})
+    whole = texts(run(spark, waves)[0])
     other = make_plan(
         tmp_path / "b",
         policy,
         PROMPTS[::-1][:4],
-        run={"wave_prompts": 1000, "devices": 3, "request_tokens": 256},
+        run={"devices": 3, "request_tokens": 256},
     )
     part = texts(run(spark, other)[0])
     assert len(part) == 12
@@ -128,7 +134,7 @@ def test_a_limited_run_and_more_samples_add_to_what_is_there(
 def test_a_run_that_dies_between_waves_is_finished_by_the_next(
     spark: SparkSession, tmp_path: Path, policy: Path
 ) -> None:
-    plan = make_plan(tmp_path, policy, PROMPTS)
+    plan = make_plan(tmp_path, policy, PROMPTS, run={"wave_prompts": 3})
     warehouse = Warehouse(spark, plan.config.warehouse)
     with pytest.raises(RuntimeError, match="lost"), SamplingRun(plan, warehouse) as job:  # noqa: PT012
         work = plan_samples(job.context)
@@ -203,12 +209,14 @@ def test_another_prompt_under_a_sampled_id_is_refused(
 def make_failing(function: MapFunction, completion_id: str) -> MapFunction:
     """Let one sample come back as an engine's error would."""
 
-    def generate(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        for rows in function(frames):
-            hit = rows["completion_id"] == completion_id
-            rows.loc[hit, ["completion", "finish_reason", "num_tokens"]] = None
-            rows.loc[hit, "error"] = "engine_error"
-            yield rows
+    def generate(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in function(batches):
+            rows = batch.to_pylist()
+            for row in rows:
+                if row["completion_id"] == completion_id:
+                    row.update(completion=None, finish_reason=None, num_tokens=None)
+                    row.update(error="engine_error")
+            yield pa.RecordBatch.from_pylist(rows, schema=batch.schema)
 
     return generate
 
@@ -268,14 +276,3 @@ def test_a_missing_column_is_named(spark: SparkSession, tmp_path: Path) -> None:
     file.write_text('{"question": "hi"}\n')
     with pytest.raises(InputError, match=r"lacks the columns \['prompt'\]; it has \['question'\]"):
         read_prompts(spark, PromptsSpec(path=str(file), format="json"))
-
-
-def test_seeds_of_the_table_are_those_of_the_formula(
-    spark: SparkSession, tmp_path: Path, policy: Path
-) -> None:
-    plan = make_plan(tmp_path, policy, PROMPTS[:1], sampling={"seed": 7})
-    warehouse, _ = run(spark, plan)
-    (prompt,) = read_prompts(spark, plan.config.input).collect()
-    for number in (1, 2, 3):
-        expected = sample_seed(7, prompt["prompt_hash"], number)
-        assert samples(warehouse)[f"p0-{number}"]["seed"] == expected

@@ -163,8 +163,8 @@ def count_useful_flops(model: Any, group: ScoringGroup) -> float:
     read = prefix + sum(length - 1 for length in lengths)
     # Each row attends to what is before it; scores and weighted values are two products.
     pairs = prefix**2 / 2 + sum((n - 1) * (prefix + n / 2) for n in lengths)
-    attention: float = 4 * config.num_hidden_layers * config.hidden_size * pairs
-    return 2.0 * body * read + 2.0 * head * sum(lengths) + attention
+    attention = 4 * config.num_hidden_layers * config.hidden_size * pairs
+    return float(2 * body * read + 2 * head * sum(lengths) + attention)
 
 
 def print_table(

@@ -4,7 +4,8 @@
     python benchmarks/scoring.py --completions 4 --prefix-tokens 200 --completion-tokens 40
     python benchmarks/scoring.py --through-host       # and what the engine host costs on top
 
-Compares, in one run and on random token ids:
+Compares, in one run and on real text (after random token ids a model is so unsteady that even
+float32 rounding shows):
 
     loop    padded batches of prefix + completion through the model's own forward, with all logits
             and a float32 log-softmax: what most scripts do
@@ -13,8 +14,7 @@ Compares, in one run and on random token ids:
 
 Useful FLOPs count what must be computed at least: the decoder's matmuls and attention with the
 prefix once, the LM head on completion rows only. Their rate is set against the matmul peak measured
-in the same run, after the last way, on the same threads. Other work on the machine slows all ways,
-so read the ratios, not the seconds.
+in the same run. Other work on the machine slows all ways, so read the ratios, not the seconds.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import itertools
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdr.demo_model import resolve_demo_model_dir
 from cdr.engines.base import EngineSpec, ScoringGroup, TokenLogprobs
 from cdr.engines.devices import count_cores, matmul_flops, resolve_dtype
 from cdr.engines.transformers import TransformersEngine
+
+TEXT = Path(__file__).resolve().parents[1] / "conf" / "demo" / "completions.jsonl"
 
 Scores = list[TokenLogprobs]
 
@@ -68,6 +73,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(resolve_demo_model_dir()), help="folder or hub id")
+    parser.add_argument("--text", type=Path, default=TEXT, help="JSON lines with `completion`")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--prefix-tokens", type=int, default=800)
     parser.add_argument("--completions", type=int, default=16)
@@ -86,19 +92,20 @@ def time_loop(
     model = AutoModelForCausalLM.from_pretrained(
         spec.path, dtype=getattr(torch, spec.dtype), device_map={"": device}
     ).eval()
-    group = make_group(args, model.config.vocab_size)
+    group = make_group(args)
     score_in_loop(model, ScoringGroup(group.prefix_ids[:8], ((1,),)), 1)
     run = timed(lambda: score_in_loop(model, group, args.loop_batch))
     return group, count_useful_flops(model, group), run
 
 
-def make_group(args: argparse.Namespace, vocab_size: int) -> ScoringGroup:
-    """Draw a group of random ids; completions of one length, which spares the loop padding."""
-    draws = np.random.default_rng(0)
-    prefix = tuple(draws.integers(0, vocab_size, args.prefix_tokens).tolist())
+def make_group(args: argparse.Namespace) -> ScoringGroup:
+    """Cut prefix and completions out of the demo's text, over again where it is too short."""
+    lines = args.text.read_text(encoding="utf-8").splitlines()
+    text = "\n".join(json.loads(line)["completion"] for line in lines)
+    tokens = itertools.cycle(AutoTokenizer.from_pretrained(args.model).encode(text))
+    prefix = tuple(itertools.islice(tokens, args.prefix_tokens))
     completions = tuple(
-        tuple(draws.integers(0, vocab_size, args.completion_tokens).tolist())
-        for _ in range(args.completions)
+        tuple(itertools.islice(tokens, args.completion_tokens)) for _ in range(args.completions)
     )
     return ScoringGroup(prefix, completions)
 

@@ -71,7 +71,7 @@ def test_every_row_comes_back_and_pairs_load_in_trl_unchanged(make_job: Callable
     data = Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs])
     assert is_conversational(data[0])
     folder = yaml.safe_load(job.config.read_text())["reward"]["models"]["weak"]["path"]
-    texts = maybe_apply_chat_template(data[0], tokenizer=AutoTokenizer.from_pretrained(folder))
+    texts = maybe_apply_chat_template(data[0], AutoTokenizer.from_pretrained(folder))
     assert texts["chosen"].startswith(data[0]["chosen"][0]["content"])
 
 

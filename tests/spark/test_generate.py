@@ -263,7 +263,7 @@ def test_prompts_may_be_text_without_ids(spark: SparkSession, tmp_path: Path) ->
     source = PromptsSpec(
         path=str(file),
         format="parquet",
-        columns={"prompt": "question"},  # type: ignore[arg-type]
+        columns={"prompt": "question"},
     )
     rows = read_prompts(spark, source).collect()
     assert sorted(row["prompt"][0]["content"] for row in rows) == ["hi", "ho"]

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdr.demo_model import resolve_demo_model_dir
 from cdr.engines.base import EngineSpec, ScoringGroup, TokenLogprobs
-from cdr.engines.devices import count_cores, matmul_flops, resolve_dtype
+from cdr.engines.hardware import count_cores, matmul_flops, resolve_dtype
 from cdr.engines.transformers import TransformersEngine
 
 TEXT = Path(__file__).resolve().parents[1] / "conf" / "demo" / "completions.jsonl"

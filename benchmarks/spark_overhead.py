@@ -20,7 +20,7 @@ import numpy as np
 from cdr.config import RunSpec
 from cdr.encoding import ids_hash
 from cdr.engines.base import EngineSpec, ScoringGroup, make_engine
-from cdr.engines.devices import resolve_dtype
+from cdr.engines.hardware import resolve_dtype
 from cdr.progress import TaskCounter
 from cdr.scoring import SCORED_DDL
 from cdr.session import get_session

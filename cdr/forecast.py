@@ -9,7 +9,7 @@ from __future__ import annotations
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from cdr.engines.devices import matmul_flops
+from cdr.engines.hardware import matmul_flops
 from cdr.estimate import (
     CPU_EFFICIENCY,
     DevicePeak,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cdr.config import ModelSpec, RewardSpec, content_hash, is_hub_id
 from cdr.engines.base import EngineSpec
-from cdr.engines.devices import resolve_dtype
+from cdr.engines.hardware import resolve_dtype
 from cdr.errors import ConfigError
 
 _WEIGHT_FILES = ("*.safetensors", "config.json")

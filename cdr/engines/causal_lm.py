@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from cdr.engines.base import EngineSpec
-from cdr.engines.devices import DTYPES
+from cdr.engines.hardware import DTYPES
 from cdr.errors import ModelError
 
 KeysValues = list[tuple[torch.Tensor, torch.Tensor]]

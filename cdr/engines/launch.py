@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from cdr.engines.device import Device, make_private_folder
-from cdr.engines.devices import count_cores
+from cdr.engines.hardware import count_cores
 from cdr.errors import EngineError
 
 SOCKET, LOCK, LOG = "host.sock", "start.lock", "host.log"

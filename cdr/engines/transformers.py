@@ -31,7 +31,7 @@ import transformers
 
 from cdr.engines.base import EngineSpec, Sample, SamplingRequest, ScoringGroup, TokenLogprobs
 from cdr.engines.causal_lm import CausalLm, KeysValues
-from cdr.engines.devices import count_cores
+from cdr.engines.hardware import count_cores
 from cdr.engines.prefix_tree import Ints, PrefixTree, build_prefix_tree
 from cdr.errors import EngineError, ModelError
 

@@ -296,6 +296,8 @@ def test_an_adapter_scores_as_peft_itself_does(tiny: Path, tmp_path: Path) -> No
     got = load(tiny, adapter_path=str(tmp_path)).score(groups)
     assert_same(got, plain_scores(adapted, groups))
     assert np.abs(got[0][0] - load(tiny).score(groups)[0][0]).max() > 0.1
+    rounded = load(tiny, adapter_path=str(tmp_path), dtype="bfloat16").score(groups)
+    assert (rounded[0][0] != got[0][0]).any()
 
 
 def request(prefix: tuple[int, ...], seeds: tuple[int, ...], **fields: Any) -> SamplingRequest:

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
+from transformers import AutoTokenizer
 
 from tests.e2e.conftest import Job, descendants, make_rows
 
@@ -146,25 +148,25 @@ def test_a_second_run_scores_nothing_and_changes_no_row(make_job: Callable[..., 
     assert {row["prompt_id"]: row["chosen_id"] for row in job.rows("preferences")} == first
 
 
-def test_a_completion_that_kills_its_engine_fails_alone_and_the_exit_code_says_so(
+def test_completions_that_cannot_be_scored_fail_alone_and_the_exit_code_says_so(
     make_job: Callable[..., Job],
 ) -> None:
     rows = make_rows(range(6), range(2))
-    rows[3]["completion"] += " zebra"
-    from transformers import AutoTokenizer
-
+    rows[3]["completion"] += " zebra"  # kills the strong engine
+    rows[8]["completion"] += " piano"  # gives it NaN
     job = make_job(rows)
-    import yaml
-
     config = yaml.safe_load(job.config.read_text())
-    folder = config["reward"]["models"]["strong"]["path"]
-    (token,) = AutoTokenizer.from_pretrained(folder).encode(" zebra")[-1:]
-    config["reward"]["models"]["strong"]["extra"] = {"kill_token": token}
+    strong = config["reward"]["models"]["strong"]
+    tokenizer = AutoTokenizer.from_pretrained(strong["path"])
+    (zebra,), (piano,) = (tokenizer.encode(word)[-1:] for word in (" zebra", " piano"))
+    strong["extra"] = {"kill_token": zebra, "nan_token": piano}
     job.config.write_text(yaml.safe_dump(config))
     code, output = job.run()
     assert code == 3, output
-    failed = [row for row in job.rows("rewards") if row["status"] == "failed"]
-    assert [row["completion_id"] for row in failed] == [rows[3]["completion_id"]]
-    assert failed[0]["error"].startswith("engine_died_twice")
+    failed = {r["completion_id"]: r["error"] for r in job.rows("rewards") if r["status"] != "ok"}
+    assert set(failed) == {rows[3]["completion_id"], rows[8]["completion_id"]}
+    assert failed[rows[3]["completion_id"]].startswith("engine_died_twice")
+    assert failed[rows[8]["completion_id"]].startswith("non_finite_logprob")
     assert len(job.rows("rewards")) == 12
+    assert len(job.rows("logprobs")) == 2 * 12 - 2, "only scores are stored"
     assert last_run(job)["outcome"] == "over_threshold"

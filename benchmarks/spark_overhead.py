@@ -1,6 +1,6 @@
 """What Spark and the engine host cost: the same groups through the bare engine and through both.
 
-    python benchmarks/spark_overhead.py [--prompts 24] [--candidates 4] [--rounds 3]
+    python benchmarks/spark_overhead.py [--prompts 60] [--candidates 4] [--rounds 3]
 
 Both run in turn in one process tree, models loaded, on the demo model; the ratio is what counts.
 The Spark side is the job's own scoring function (`udfs.score.make_score`) over a DataFrame of token
@@ -43,7 +43,7 @@ def make_groups(prompts: int, candidates: int, seed: int = 0) -> list[ScoringGro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

@@ -26,11 +26,13 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
-class _Spec(BaseModel):
+class Spec(BaseModel):
+    """A part of a config: frozen, and a key it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelSpec(_Spec):
+class ModelSpec(Spec):
     """A model and how to run it."""
 
     path: str = Field(description="Folder (safetensors and tokenizer) or hub id.")
@@ -95,7 +97,7 @@ def is_hub_id(path: str) -> bool:
     return bool(_HUB_ID.match(path)) and not Path(path).is_dir()
 
 
-class TermSpec(_Spec):
+class TermSpec(Spec):
     """One weighted log-prob of a reward."""
 
     model: str = Field(description="Key in `models`.")
@@ -106,7 +108,7 @@ class TermSpec(_Spec):
     weight: float = Field(description="Factor of the log-prob in the sum; not 0.")
 
 
-class RoutingSpec(_Spec):
+class RoutingSpec(Spec):
     """How each prompt gets its domain."""
 
     mode: Literal["adaptive", "column", "fixed", "none"] = Field(
@@ -134,7 +136,7 @@ class RoutingSpec(_Spec):
         return self
 
 
-class EncodingSpec(_Spec):
+class EncodingSpec(Spec):
     """How messages become token ids."""
 
     template: str = Field(
@@ -170,7 +172,7 @@ _FORMS: dict[str, tuple[tuple[str, Condition, float], ...]] = {
 }
 
 
-class RewardSpec(_Spec):
+class RewardSpec(Spec):
     """A reward: a weighted sum of log-prob terms, and all that decides its numbers."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._\-]*$", description="Name people call it by.")
@@ -246,7 +248,7 @@ class RewardSpec(_Spec):
         return found
 
 
-class ColumnsSpec(_Spec):
+class ColumnsSpec(Spec):
     """Names of the input's columns. None: the input has no such column."""
 
     prompt: str = Field("prompt", description="Text, or messages: an array of role and content.")
@@ -261,13 +263,34 @@ class ColumnsSpec(_Spec):
     domain: str | None = Field(None, description="Domain for routing.mode `column`.")
 
 
-class InputSpec(_Spec):
-    """Where prompts and completions come from, and in which shape."""
+class SourceSpec(Spec):
+    """A table to read: a path or a catalog name, in one of the formats."""
 
     path: str | None = Field(None, description="File or folder; a Delta table's folder.")
     table: str | None = Field(None, description="Catalog name; instead of `path`.")
     format: Literal["delta", "parquet", "json"] = Field("delta", description="json: one per line.")
     version: int | None = Field(None, ge=0, description="Delta version to read. None: the latest.")
+
+    @property
+    def place(self) -> str:
+        """The path or the catalog name, for messages."""
+        return str(self.path or self.table)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        problems = []
+        if (self.path is None) == (self.table is None):
+            problems.append("path: give exactly one of path and table")
+        if self.version is not None and self.format != "delta":
+            problems.append("version: only Delta tables have versions")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class InputSpec(SourceSpec):
+    """Where prompts and completions come from, and in which shape."""
+
     layout: Literal["long", "array", "ab", "joined"] = Field(
         "long",
         description="`long`: a row per completion; `array`: a row per prompt with an array of "
@@ -278,22 +301,18 @@ class InputSpec(_Spec):
     columns: ColumnsSpec = ColumnsSpec()
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _joined(self) -> Self:
         problems = []
-        if (self.path is None) == (self.table is None):
-            problems.append("path: give exactly one of path and table")
         if (self.layout == "joined") != (self.prompts_path is not None):
             problems.append("prompts_path: is given exactly when layout is 'joined'")
         if self.layout == "joined" and self.columns.prompt_id is None:
             problems.append("columns.prompt_id: layout 'joined' needs it")
-        if self.version is not None and self.format != "delta":
-            problems.append("version: only Delta tables have versions")
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
 
-class LengthWindowSpec(_Spec):
+class LengthWindowSpec(Spec):
     """Which candidates are close enough in length to the chosen one to be rejected.
 
     Both bounds must hold where both are given; lengths are tokens of the first term's model.
@@ -303,7 +322,7 @@ class LengthWindowSpec(_Spec):
     ratio: float | None = Field(None, ge=1, description="max(n/n_chosen, n_chosen/n) at most.")
 
 
-class PairSpec(_Spec):
+class PairSpec(Spec):
     """How a pair is chosen from a prompt's scored candidates."""
 
     rejected: Literal["random", "lowest", "second_best", "dice"] = Field(
@@ -336,7 +355,24 @@ class PairSpec(_Spec):
         return content_hash(self.model_dump(mode="json"))
 
 
-class RunSpec(_Spec):
+class JobSpec(Spec):
+    """How a job's work is limited and spread; nothing here changes a number."""
+
+    max_hours: float | None = Field(
+        None, gt=0, description="Stop in good order after the wave in flight at this age."
+    )
+    max_rejected_fraction: float = Field(
+        0.05, ge=0, le=1, description="Exit code 3 above this share of rejected rows."
+    )
+    max_failed_fraction: float = Field(
+        0.01, ge=0, le=1, description="Exit code 3 above this share of failed rows."
+    )
+    devices: int | None = Field(
+        None, ge=1, description="Devices to keep busy. None: what the cluster announces."
+    )
+
+
+class RunSpec(JobSpec):
     """How the work is carried out; nothing here changes a number."""
 
     placement: Literal["colocated", "sequential"] = Field(
@@ -356,24 +392,12 @@ class RunSpec(_Spec):
     request_tokens: int = Field(
         65_536, ge=256, description="Tokens per request to an engine; the progress grain."
     )
-    max_hours: float | None = Field(
-        None, gt=0, description="Stop in good order after the wave in flight at this age."
-    )
-    max_rejected_fraction: float = Field(
-        0.05, ge=0, le=1, description="Exit code 3 above this share of rejected candidates."
-    )
-    max_failed_fraction: float = Field(
-        0.01, ge=0, le=1, description="Exit code 3 above this share of failed candidates."
-    )
     store_token_logprobs: bool = Field(
         False, description="Keep every token's log-prob in `logprobs` (about 4 bytes each)."
     )
-    devices: int | None = Field(
-        None, ge=1, description="Devices to keep busy. None: what the cluster announces."
-    )
 
 
-class TrackingSpec(_Spec):
+class TrackingSpec(Spec):
     """Where MLflow keeps the run."""
 
     uri: str | None = Field(
@@ -383,7 +407,7 @@ class TrackingSpec(_Spec):
     enabled: bool = Field(True, description="False: no MLflow run.")
 
 
-class AnnotateConfig(_Spec):
+class AnnotateConfig(Spec):
     """One annotate run: which completions, which reward, which pairs, where to."""
 
     dataset: str = Field(

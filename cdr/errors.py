@@ -78,6 +78,10 @@ class TableError(CdrError):
     """A table of the warehouse has another schema version, or cannot be read or written."""
 
 
+class Stopped(Exception):  # noqa: N818 - an outcome, not an error of the program
+    """A run ends early in good order; the message says why."""
+
+
 class RejectReason(StrEnum):
     """Why a row was refused for good; the value is what tables hold in `reason`."""
 

@@ -22,13 +22,15 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from cdr.config import ColumnsSpec, InputSpec
+from cdr.config import ColumnsSpec, InputSpec, SourceSpec
 from cdr.errors import InputError, RejectReason
 from cdr.tables import MESSAGES
 
 ROLES = ("system", "user", "assistant")
 
-_NOT_BLANK = r"\S"
+NOT_BLANK = r"\S"
+"""What a prompt or completion must hold: a visible character."""
+
 _URI = re.compile(r"^[A-Za-z][\w+.\-]+:")
 
 
@@ -47,11 +49,11 @@ def read_candidates(
     """
     rows = _read_rows(spark, source)
     if rows.isEmpty():
-        raise InputError("the input has no rows", where=_place(source))
+        raise InputError("the input has no rows", where=source.place)
     return _validate(_to_candidates(rows, source), domains)
 
 
-def input_version(spark: SparkSession, source: InputSpec) -> int | None:
+def input_version(spark: SparkSession, source: SourceSpec) -> int | None:
     """Give the Delta version that is read; None where the input is not Delta."""
     if source.format != "delta":
         return None
@@ -59,7 +61,7 @@ def input_version(spark: SparkSession, source: InputSpec) -> int | None:
         return source.version
     from delta.tables import DeltaTable
 
-    _read(spark, source)  # says what is wrong with it
+    read_source(spark, source)  # says what is wrong with it
     if source.path:
         table = DeltaTable.forPath(spark, source.path)
     else:
@@ -68,42 +70,13 @@ def input_version(spark: SparkSession, source: InputSpec) -> int | None:
     return None if row is None else int(row["version"])
 
 
-def prompt_hash(messages: Column) -> Column:
-    """Hash messages: sha256 hex over `role:characters:content` of each, in order."""
-    pieces = F.transform(
-        messages,
-        lambda m: F.concat(
-            m["role"], F.lit(":"), F.length(m["content"]).cast("string"), F.lit(":"), m["content"]
-        ),
-    )
-    return F.sha2(F.concat_ws("", pieces), 256)
+def read_source(spark: SparkSession, source: SourceSpec) -> DataFrame:
+    """Read a table as it is.
 
-
-def _place(source: InputSpec) -> str:
-    return str(source.path or source.table)
-
-
-def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
-    completions = _read(spark, source)
-    if source.layout != "joined":
-        return completions
-    # A version is the completions' own; prompts are read as they are now.
-    only = {"path": source.prompts_path, "table": None, "version": None}
-    prompts = _read(spark, source.model_copy(update=only))
-    key = str(source.columns.prompt_id)
-    for frame, name in ((completions, _place(source)), (prompts, str(source.prompts_path))):
-        if key not in frame.columns:
-            raise InputError(_lacks([key], frame.columns), where=name, fix=_columns_fix())
-    if prompts.groupBy(key).count().where("count > 1").limit(1).count():
-        raise InputError(
-            f"the prompts have the same {key} more than once", where=str(source.prompts_path)
-        )
-    repeated = [c for c in prompts.columns if c in completions.columns and c != key]
-    return completions.join(prompts.drop(*repeated), on=key, how="left")
-
-
-def _read(spark: SparkSession, source: InputSpec) -> DataFrame:
-    place = _place(source)
+    Raises:
+        InputError: it is missing, or not readable in its format.
+    """
+    place = source.place
     if source.path is not None and not _URI.match(place) and not Path(place).exists():
         raise InputError("the input does not exist", where=place, fix="check input.path")
     reader = spark.read
@@ -127,6 +100,56 @@ def _read(spark: SparkSession, source: InputSpec) -> DataFrame:
         ) from None
 
 
+def messages_column(rows: DataFrame, name: str) -> Column:
+    """Give a prompt column, text or messages, as messages; null where it is null."""
+    prompt = F.col(f"`{name}`")
+    if isinstance(rows.schema[name].dataType, T.StringType):
+        turn = F.struct(F.lit("user").alias("role"), prompt.alias("content"))
+        return F.when(prompt.isNotNull(), F.array(turn)).cast(MESSAGES)
+    # By name: JSON sorts the fields of a struct.
+    return F.transform(
+        prompt,
+        lambda m: F.struct(
+            m["role"].cast("string").alias("role"), m["content"].cast("string").alias("content")
+        ),
+    ).cast(MESSAGES)
+
+
+def optional_column(name: str | None) -> Column:
+    """Give a column; null where the config says that the input has none."""
+    return F.lit(None) if name is None else F.col(f"`{name}`")
+
+
+def prompt_hash(messages: Column) -> Column:
+    """Hash messages: sha256 hex over `role:characters:content` of each, in order."""
+    pieces = F.transform(
+        messages,
+        lambda m: F.concat(
+            m["role"], F.lit(":"), F.length(m["content"]).cast("string"), F.lit(":"), m["content"]
+        ),
+    )
+    return F.sha2(F.concat_ws("", pieces), 256)
+
+
+def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
+    completions = read_source(spark, source)
+    if source.layout != "joined":
+        return completions
+    # A version is the completions' own; prompts are read as they are now.
+    only = {"path": source.prompts_path, "table": None, "version": None}
+    prompts = read_source(spark, source.model_copy(update=only))
+    key = str(source.columns.prompt_id)
+    for frame, name in ((completions, source.place), (prompts, str(source.prompts_path))):
+        if key not in frame.columns:
+            raise InputError(_lacks([key], frame.columns), where=name, fix=_columns_fix())
+    if prompts.groupBy(key).count().where("count > 1").limit(1).count():
+        raise InputError(
+            f"the prompts have the same {key} more than once", where=str(source.prompts_path)
+        )
+    repeated = [c for c in prompts.columns if c in completions.columns and c != key]
+    return completions.join(prompts.drop(*repeated), on=key, how="left")
+
+
 def _lacks(missing: Sequence[str], present: Sequence[str]) -> str:
     return f"the input lacks the columns {list(missing)}; it has {list(present)}"
 
@@ -142,9 +165,9 @@ def _to_candidates(rows: DataFrame, source: InputSpec) -> DataFrame:
     other = [c for c in rows.columns if c not in _mapped(names, source.layout)]
     passthrough = F.to_json(F.struct(*[rows[f"`{c}`"] for c in other])) if other else F.lit(None)
     frame = rows.select(
-        _optional(names.prompt_id).cast("string").alias("prompt_id"),
+        optional_column(names.prompt_id).cast("string").alias("prompt_id"),
         _messages(rows, names).alias("prompt"),
-        _optional(names.domain).cast("string").alias("given_domain"),
+        optional_column(names.domain).cast("string").alias("given_domain"),
         _completions(source).alias("_many"),
         passthrough.cast("string").alias("passthrough"),
         as_json.alias("row"),
@@ -170,7 +193,7 @@ def _mapped(names: ColumnsSpec, layout: str) -> set[str]:
 
 
 def _check_columns(rows: DataFrame, source: InputSpec) -> None:
-    names, where = source.columns, _place(source)
+    names, where = source.columns, source.place
     needed = [names.prompt, names.completion]
     if source.layout == "ab":
         needed.append(names.completion_b)
@@ -209,30 +232,14 @@ def _is_messages(kind: T.DataType) -> bool:
     )
 
 
-def _optional(name: str | None) -> Column:
-    return F.lit(None) if name is None else F.col(f"`{name}`")
-
-
 def _messages(rows: DataFrame, names: ColumnsSpec) -> Column:
-    prompt = F.col(f"`{names.prompt}`")
-    if isinstance(rows.schema[names.prompt].dataType, T.StringType):
-        user = F.when(
-            prompt.isNotNull(),
-            F.array(F.struct(F.lit("user").alias("role"), prompt.alias("content"))),
-        )
-    else:
-        user = F.transform(
-            prompt,
-            lambda m: F.struct(
-                m["role"].cast("string").alias("role"), m["content"].cast("string").alias("content")
-            ),
-        )
+    messages = messages_column(rows, names.prompt)
     if names.system is None:
-        return user.cast(MESSAGES)
+        return messages
     system = F.col(f"`{names.system}`")
     first = F.array(F.struct(F.lit("system").alias("role"), system.alias("content")))
-    with_system = F.when(system.rlike(_NOT_BLANK), F.concat(first, user))
-    return F.coalesce(with_system, user).cast(MESSAGES)
+    with_system = F.when(system.rlike(NOT_BLANK), F.concat(first.cast(MESSAGES), messages))
+    return F.coalesce(with_system, messages)
 
 
 def _completions(source: InputSpec) -> Column:
@@ -246,8 +253,8 @@ def _completions(source: InputSpec) -> Column:
             finish.cast("string").alias("finish_reason"),
         )
 
-    text, identifier = F.col(f"`{names.completion}`"), _optional(names.completion_id)
-    finish = _optional(names.finish_reason)
+    text, identifier = F.col(f"`{names.completion}`"), optional_column(names.completion_id)
+    finish = optional_column(names.finish_reason)
     if source.layout == "array":
         # Parallel arrays: ids and finish reasons, where given, go by position.
         return F.transform(
@@ -267,7 +274,7 @@ def _completions(source: InputSpec) -> Column:
 def _validate(candidates: DataFrame, domains: Sequence[str] | None) -> DataFrame:
     messages, text = F.col("prompt"), F.col("completion")
     last = F.element_at(messages, -1)
-    blank_user = (last["role"] == "user") & ~last["content"].rlike(_NOT_BLANK)
+    blank_user = (last["role"] == "user") & ~last["content"].rlike(NOT_BLANK)
     bad_roles = ~F.coalesce(F.forall(messages, lambda m: m["role"].isin(*ROLES)), F.lit(False))
     no_content = F.exists(messages, lambda m: m["content"].isNull())
     hashed = candidates.withColumn(
@@ -300,7 +307,7 @@ def _validate(candidates: DataFrame, domains: Sequence[str] | None) -> DataFrame
         (last["role"] != "user", RejectReason.BAD_MESSAGES, "the last message must be the user's"),
         (blank_user, RejectReason.EMPTY_PROMPT, "the last message is empty"),
         (text.isNull(), RejectReason.NULL_COMPLETION, "the completion is null"),
-        (~text.rlike(_NOT_BLANK), RejectReason.EMPTY_COMPLETION, "the completion is empty"),
+        (~text.rlike(NOT_BLANK), RejectReason.EMPTY_COMPLETION, "the completion is empty"),
         (
             F.col("_prompts") > 1,
             RejectReason.DUPLICATE_ID,

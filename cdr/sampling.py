@@ -11,12 +11,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from cdr.chat import ChatEncoder, check_vocabulary, load_chat_template
-from cdr.config import EncodingSpec, ModelSpec, RewardSpec, RoutingSpec, TermSpec, content_hash
+from cdr.config import (
+    EncodingSpec,
+    JobSpec,
+    ModelSpec,
+    RewardSpec,
+    RoutingSpec,
+    SourceSpec,
+    Spec,
+    TermSpec,
+    content_hash,
+)
 from cdr.config_files import load_config
 from cdr.encoding import TokenizerSpec
 from cdr.engines.base import EngineSpec
@@ -24,11 +34,7 @@ from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class PromptColumnsSpec(_Spec):
+class PromptColumnsSpec(Spec):
     """Names of the input's columns. None: the input has no such column."""
 
     prompt: str = Field("prompt", description="Text, or messages: an array of role and content.")
@@ -36,22 +42,13 @@ class PromptColumnsSpec(_Spec):
     domain: str | None = Field(None, description="Carried along, for routing.mode `column`.")
 
 
-class PromptsSpec(_Spec):
+class PromptsSpec(SourceSpec):
     """Where prompts come from."""
 
-    path: str | None = Field(None, description="File or folder; a Delta table's folder.")
-    table: str | None = Field(None, description="Catalog name; instead of `path`.")
-    format: Literal["delta", "parquet", "json"] = Field("delta", description="json: one per line.")
     columns: PromptColumnsSpec = PromptColumnsSpec()
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.table is None):
-            raise ValueError("path: give exactly one of path and table")
-        return self
 
-
-class SamplingSpec(_Spec):
+class SamplingSpec(Spec):
     """How completions are drawn. More `num_samples` add to a dataset; the rest makes another."""
 
     num_samples: int = Field(4, ge=1, description="Completions per prompt.")
@@ -61,28 +58,16 @@ class SamplingSpec(_Spec):
     seed: int = Field(0, description="Base seed.")
 
 
-class GenerateRunSpec(_Spec):
+class GenerateRunSpec(JobSpec):
     """How the work is carried out."""
 
     wave_prompts: int = Field(5000, ge=1, description="Prompts per wave (one atomic commit).")
     request_tokens: int = Field(
         65_536, ge=256, description="Tokens, prompts and samples, per request to the engine."
     )
-    max_hours: float | None = Field(
-        None, gt=0, description="Stop in good order after the wave in flight at this age."
-    )
-    max_rejected_fraction: float = Field(
-        0.05, ge=0, le=1, description="Exit code 3 above this share of rejected prompts."
-    )
-    max_failed_fraction: float = Field(
-        0.01, ge=0, le=1, description="Exit code 3 above this share of failed samples."
-    )
-    devices: int | None = Field(
-        None, ge=1, description="Devices to keep busy. None: what the cluster announces."
-    )
 
 
-class GenerateConfig(_Spec):
+class GenerateConfig(Spec):
     """One sampling run: which prompts, which policy, how many completions, where to."""
 
     dataset: str = Field(

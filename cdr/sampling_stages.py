@@ -12,21 +12,24 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
 from cdr.errors import InputError, RejectReason
-from cdr.inputs import prompt_hash
+from cdr.inputs import (
+    NOT_BLANK,
+    messages_column,
+    optional_column,
+    prompt_hash,
+    read_source,
+)
 from cdr.sampling import PromptsSpec, SamplingPlan
 from cdr.stages import MapFunction
 from cdr.staging import Staging
-from cdr.tables import COMPLETIONS, MESSAGES, REJECTS, Warehouse
+from cdr.tables import COMPLETIONS, REJECTS, Warehouse
 
 GENERATED_DDL = (
     "prompt_id string, completion_id string, completion string, finish_reason string, "
@@ -45,6 +48,7 @@ class SamplingContext:
         warehouse: where the tables are.
         staging: the run's intermediate tables.
         run_id: stored with every row written.
+        input_version: Delta version of the prompts; None for other formats.
         num_tasks: Spark tasks of a wave, at least the devices to keep busy.
     """
 
@@ -52,6 +56,7 @@ class SamplingContext:
     warehouse: Warehouse
     staging: Staging
     run_id: str
+    input_version: int | None
     num_tasks: int
 
 
@@ -115,23 +120,23 @@ def read_prompts(spark: SparkSession, source: PromptsSpec) -> DataFrame:
     Raises:
         InputError: the input is missing, unreadable, empty, or lacks a column.
     """
-    rows, place = _read(spark, source), source.path or source.table
+    rows = read_source(spark, source)
     columns = source.columns
     missing = [n for n in columns.model_dump().values() if n is not None and n not in rows.columns]
     if missing:
         raise InputError(
             f"the input lacks the columns {missing}; it has {rows.columns}",
-            where=place,
+            where=source.place,
             fix="map your names, for example --set input.columns.prompt=question",
         )
     if rows.isEmpty():
-        raise InputError("the input has no rows", where=place)
-    messages = _messages(rows, columns.prompt)
+        raise InputError("the input has no rows", where=source.place)
+    messages = messages_column(rows, columns.prompt)
     named = rows.select(
         messages.alias("prompt"),
         F.when(messages.isNotNull(), prompt_hash(messages)).alias("prompt_hash"),
-        _optional(columns.prompt_id).alias("given_id"),
-        _optional(columns.domain).alias("domain"),
+        optional_column(columns.prompt_id).cast("string").alias("given_id"),
+        optional_column(columns.domain).cast("string").alias("domain"),
         F.to_json(F.struct("*")).alias("row"),
     ).withColumn("prompt_id", F.coalesce("given_id", "prompt_hash"))
     once = named.groupBy("prompt_id", "prompt_hash").agg(
@@ -142,7 +147,7 @@ def read_prompts(spark: SparkSession, source: PromptsSpec) -> DataFrame:
     rules = (
         (F.col("prompt").isNull(), RejectReason.NULL_PROMPT, "the prompt is null"),
         (F.size("prompt") == 0, RejectReason.EMPTY_PROMPT, "the prompt has no messages"),
-        (F.length(F.trim(last)) == 0, RejectReason.EMPTY_PROMPT, "the last message is empty"),
+        (~last.rlike(NOT_BLANK), RejectReason.EMPTY_PROMPT, "the last message is empty"),
         (
             F.col("num_prompts") > 1,
             RejectReason.DUPLICATE_ID,
@@ -180,7 +185,8 @@ def plan_samples(run: SamplingContext) -> SamplingWork:
         InputError: as for `read_prompts` and `read_samples`.
     """
     plan = run.plan
-    prompts = read_prompts(run.warehouse.spark, plan.config.input)
+    source = plan.config.input.model_copy(update={"version": run.input_version})
+    prompts = read_prompts(run.warehouse.spark, source)
     if plan.limit is not None:
         prompts = prompts.orderBy("prompt_hash", "prompt_id").limit(plan.limit)
     done = read_samples(plan, run.warehouse).groupBy("prompt_id").agg(
@@ -270,14 +276,13 @@ def sample_wave(
     return counts
 
 
-def write_rejects(work: SamplingWork, waves: Sequence[int], run: SamplingContext) -> dict[str, int]:
+def write_rejects(work: SamplingWork, run: SamplingContext) -> dict[str, int]:
     """Write every refused prompt with its reason, replacing this dataset's earlier ones.
 
     They stand under the dataset `NAME.prompts`: an annotate run of NAME has rejects of its own.
 
     Args:
-        work: from `plan_samples`.
-        waves: those sampled.
+        work: from `plan_samples`; all its waves are sampled.
         run: the run.
 
     Returns:
@@ -286,7 +291,7 @@ def write_rejects(work: SamplingWork, waves: Sequence[int], run: SamplingContext
     columns = ("prompt_id", "row", "reason", "detail", "stage")
     rows = work.prompts.where("reason IS NOT NULL")
     rejects = rows.withColumn("stage", F.lit("validate")).select(*columns)
-    for wave in waves:
+    for wave in range(work.num_waves):
         refused = run.staging.read(f"sampled/wave={wave}").where("reason IS NOT NULL")
         given = work.prompts.select("prompt_id", "row")
         rows = refused.join(given, on="prompt_id", how="inner")
@@ -327,40 +332,3 @@ def export_samples(run: SamplingContext, file: Path) -> int:
             count += 1
     os.replace(fresh, file)
     return count
-
-
-def _read(spark: SparkSession, source: PromptsSpec) -> DataFrame:
-    if source.path is not None and "://" not in source.path and not Path(source.path).exists():
-        raise InputError("the input does not exist", where=source.path, fix="check input.path")
-    try:
-        if source.table is not None:
-            return spark.read.table(source.table)
-        reader = spark.read.format(source.format)
-        if source.format == "json":
-            # A line that is not JSON must end the run, not become a row of nulls.
-            reader = reader.option("mode", "FAILFAST")
-        rows = reader.load(source.path)
-        # Schemas are read lazily; a folder of another format shows itself only now.
-        rows.schema  # noqa: B018
-        return rows
-    except AnalysisException as error:
-        raise InputError(
-            f"the input cannot be read as {source.format}: {str(error).splitlines()[0]}",
-            where=source.path or source.table,
-            fix="check input.path and input.format",
-        ) from None
-
-
-def _messages(rows: DataFrame, name: str) -> Column:
-    prompt = F.col(f"`{name}`")
-    if isinstance(rows.schema[name].dataType, T.StringType):
-        turn = F.struct(F.lit("user").alias("role"), prompt.alias("content"))
-        return F.when(prompt.isNotNull(), F.array(turn)).cast(MESSAGES)
-    # By name: JSON sorts the fields of a struct.
-    return F.transform(
-        prompt, lambda m: F.struct(m["role"].alias("role"), m["content"].alias("content"))
-    ).cast(MESSAGES)
-
-
-def _optional(name: str | None) -> Column:
-    return (F.lit(None) if name is None else F.col(f"`{name}`")).cast("string")

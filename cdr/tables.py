@@ -268,6 +268,11 @@ class Warehouse:
         """Give the path or catalog name of a table."""
         return self._places.get(table.name, f"{self.root}/{table.name}")
 
+    def sql_name(self, table: Table) -> str:
+        """Give what stands behind FROM in a query over the table."""
+        place = self.place(table)
+        return f"delta.`{place}`" if _is_path(place) else place
+
     def exists(self, table: Table) -> bool:
         """Tell whether the table has been written."""
         from delta.tables import DeltaTable

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 import yaml
 
 from cdr.config import TrackingSpec, content_hash
-from cdr.errors import SetupError
+from cdr.errors import SetupError, Stopped
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class RunTracker:
     """One MLflow run for the length of a `with` block.
 
     With tracking off it does nothing, under the same interface. An exception or an exit code ends
-    the run as FAILED, Ctrl-C as KILLED; `end_as` decides where the job ends in good order.
+    the run as FAILED; Ctrl-C and a stop in good order (`Stopped`) end it as KILLED.
 
     Args:
         tracking: where, and whether at all.
@@ -84,7 +84,6 @@ class RunTracker:
         self._config: dict[str, Any] = _redact(config)
         self._tags = dict(tags or {})
         self._client: Any = None
-        self._status: RunStatus | None = None
         self._unsent: list[dict[str, Any]] = []
         self.uri: str | None = None
         """Tracking URI in use; None with tracking off."""
@@ -114,19 +113,14 @@ class RunTracker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        status: RunStatus
-        if isinstance(error, KeyboardInterrupt):
+        status: RunStatus = "FINISHED"
+        if isinstance(error, (KeyboardInterrupt, Stopped)):
             status = "KILLED"
-        elif error is None or isinstance(error, SystemExit):
-            exit_code = None if error is None else error.code
-            status = self._status or ("FAILED" if exit_code else "FINISHED")
-        else:
+        elif isinstance(error, SystemExit):
+            status = "FAILED" if error.code else "FINISHED"
+        elif error is not None:
             status = "FAILED"
         self._send("status", status, lambda: self._client.set_terminated(self.run_id, status))
-
-    def end_as(self, status: RunStatus) -> None:
-        """Decide the status of a run that ends without an exception, for example one stopped."""
-        self._status = status
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log what was asked for; nested mappings become dotted names, long values are cut."""

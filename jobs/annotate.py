@@ -86,7 +86,7 @@ def annotate(plan: AnnotationPlan, warehouse: Warehouse) -> int:
         encoded = encode(routed, context, make_encode(plan.encoding), ENCODED_DDL)
         work = plan_work(encoded, context)
         for wave in run.waves(plan_waves(work, context), work):
-            run.committed(wave, score_wave(wave, work, context, make_score, run.counter))
+            run.committed(score_wave(wave, work, context, make_score, run.counter))
         rewards = reward(candidates, routed, encoded, run.failures(), context)
         rejects = reject(candidates, encoded, context)
         pairs, without = pair(rewards, context, run.mlflow_run_id)

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         function = make_generate(plan, run.counter)
         work = plan_samples(run.context)
         for wave in run.waves(work):
-            run.committed(wave, sample_wave(wave, work, run.context, function))
+            run.committed(sample_wave(wave, work, run.context, function))
         run.finish(work)
         if args.export is not None:
             print(f"exported    {export_samples(run.context, args.export):,} rows to {args.export}")

@@ -63,7 +63,7 @@ def run(spark: SparkSession, plan: SamplingPlan) -> tuple[Warehouse, int]:
         work = plan_samples(job.context)
         function = make_generate(plan, job.counter)
         for wave in job.waves(work):
-            job.committed(wave, sample_wave(wave, work, job.context, function))
+            job.committed(sample_wave(wave, work, job.context, function))
         job.finish(work)
     return warehouse, job.exit_code
 

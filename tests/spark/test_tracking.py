@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from cdr.config import TrackingSpec
-from cdr.errors import SetupError
+from cdr.errors import SetupError, Stopped
 from cdr.tracking import RunTracker, TableVersion, git_commit, resolve_tracking_uri, ui_command
 
 CONFIG = {"dataset": "toy", "reward": {"models": {"strong": {"path": "a/b"}}, "terms": []}}
@@ -108,34 +108,26 @@ def test_the_store_lives_in_the_warehouse_and_the_ui_command_names_it(warehouse:
 
 
 @pytest.mark.parametrize(
-    ("error", "decided", "status"),
+    ("error", "status"),
     [
-        (None, None, "FINISHED"),
-        (None, "KILLED", "KILLED"),
-        (ValueError("bad"), None, "FAILED"),
-        (ValueError("bad"), "FINISHED", "FAILED"),
-        (KeyboardInterrupt(), None, "KILLED"),
-        (SystemExit(0), None, "FINISHED"),
-        (SystemExit(3), None, "FAILED"),
-        (SystemExit(4), "KILLED", "KILLED"),
+        (None, "FINISHED"),
+        (ValueError("bad"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (Stopped("SIGTERM"), "KILLED"),
+        (SystemExit(0), "FINISHED"),
+        (SystemExit(3), "FAILED"),
     ],
 )
 def test_how_the_block_ends_is_the_runs_status(
-    warehouse: Path, error: BaseException | None, decided: Any, status: str
+    warehouse: Path, error: BaseException | None, status: str
 ) -> None:
-    def work() -> None:
-        if decided is not None:
-            tracker.end_as(decided)
-        if error is not None:
-            raise error
-
     tracker = make_tracker(warehouse)
     if error is None:
         with tracker:
-            work()
+            pass
     else:
         with pytest.raises(type(error)), tracker:
-            work()
+            raise error
     assert stored_run(tracker).info.status == status
 
 

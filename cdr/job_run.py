@@ -1,0 +1,172 @@
+"""The life of a job's run: staging folder, row in `runs`, signals, waves, and how it ends.
+
+A job holds its recipe (`jobs/`); a `JobRun` is what surrounds it, so that every run leaves the same
+traces whether it ends well, is stopped, or fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import ClassVar, Self, TypeVar
+
+from pyspark.sql import SparkSession
+
+from cdr.cli import FAILED, KEPT, OK, OVER_THRESHOLD, STOPPED, explain_spark_error
+from cdr.config import JobSpec
+from cdr.errors import CdrError, Stopped
+from cdr.progress import Counts, Progress, TaskCounter
+from cdr.runs import RunLog, RunRecord, StopSignal
+from cdr.staging import Staging
+from cdr.tables import Warehouse
+
+Wave = TypeVar("Wave")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a run's rows that must not grow too large.
+
+    Args:
+        rows: what they are, for the message: `candidates`.
+        what: what became of them, `rejected` or `failed`: names the limit in the config.
+        value: their share, 0 to 1.
+        limit: share up to which the run counts as well done.
+    """
+
+    rows: str
+    what: str
+    value: float
+    limit: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.value:.1%} of the {self.rows} were {self.what}, more than {self.limit:.1%} "
+            f"(run.max_{self.what}_fraction)"
+        )
+
+
+class JobRun(ABC):
+    """One run of a job, used as a context manager.
+
+    Args:
+        warehouse: where the tables are.
+        staging: the run's folder of intermediate tables.
+        spec: its limits.
+
+    Attributes:
+        counter: where tasks count what they have done.
+        exit_code: the job's, after the context has ended.
+    """
+
+    label: ClassVar[str]
+    """What the waves do, in front of the progress: `scoring`."""
+
+    def __init__(self, warehouse: Warehouse, staging: Staging, spec: JobSpec) -> None:
+        self.counter = TaskCounter.create(warehouse.spark)
+        self.exit_code = FAILED
+        self._warehouse, self._staging, self._spec = warehouse, staging, spec
+        self._stop = StopSignal(warehouse.spark, spec.max_hours)
+        self._waves_done = 0
+        self._waves_s = 0.0
+        self._problem: str | None = None
+        self._counts: Mapping[str, int] = {}
+
+    @abstractmethod
+    def _begin(self, stack: contextlib.ExitStack) -> RunRecord:
+        """Describe the run; what else it needs while it lasts is entered into the stack."""
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._staging)
+            self._log = RunLog(self._warehouse, self._begin(stack))
+            stack.enter_context(self._stop)
+            # From here on `__exit__` cleans up, in the opposite order.
+            self._open = stack.pop_all()
+        return self
+
+    def check_stop(self) -> None:
+        """End the run here if it was asked to stop.
+
+        Raises:
+            Stopped: a signal came, or the time is up.
+        """
+        if self._stop.requested:
+            raise Stopped(self._stop.requested)
+
+    def _go_through(self, waves: Sequence[Wave], total: Counts) -> Iterator[Wave]:
+        """Go through the waves with a progress bar, until the end or a stop signal.
+
+        Raises:
+            Stopped: a signal came, or the time is up.
+        """
+        self.check_stop()
+        self._log.update(waves_total=len(waves))
+        if not waves:
+            return
+        begun = time.monotonic()
+        with Progress(total, self.counter, label=self.label):
+            for wave in waves:
+                yield wave
+                self._waves_s = time.monotonic() - begun
+                self.check_stop()
+
+    def _note_wave(self, counts: Mapping[str, int]) -> None:
+        """Note that one more wave has been committed, and what all of them have done."""
+        self._waves_done += 1
+        self._log.update(waves_done=self._waves_done, counts=counts)
+
+    def _conclude(self, shares: Sequence[Share], counts: Mapping[str, int]) -> None:
+        """Decide the exit code of a run that did all it could, and keep its counts for `runs`."""
+        problems = [str(share) for share in shares if share.value > share.limit]
+        self._problem = "; ".join(problems) or None
+        self._counts = counts
+        self.exit_code = OVER_THRESHOLD if problems else OK
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if error is not None and self._stop.gave_up:
+            # After a signal an error of Spark's is that of the wave that was given up.
+            kind, error = Stopped, Stopped(self._stop.requested)
+        try:
+            self._record_end(error)
+        finally:
+            self._open.__exit__(kind, error, trace)
+        return isinstance(error, Stopped)
+
+    def _record_end(self, error: BaseException | None) -> None:
+        if isinstance(error, Stopped):
+            self.exit_code = STOPPED
+            self._log.end("stopped", error=str(error))
+            print(f"\nstopped: {error}. {KEPT}")
+        elif error is not None:
+            known = str(error) if isinstance(error, CdrError) else explain_spark_error(error)
+            self._log.end("failed", error=known or f"{type(error).__name__}: {error}"[:2000])
+        else:
+            outcome = "done" if self.exit_code == OK else "over_threshold"
+            self._log.end(outcome, error=self._problem, counts=self._counts)
+            if self._problem:
+                print(f"\nover the threshold: {self._problem}; see the tables rejects and rewards")
+
+
+def count_devices(spark: SparkSession, configured: int | None) -> int:
+    """Tell how many devices there are to keep busy, which is the tasks a model stage has at least.
+
+    Args:
+        spark: the session.
+        configured: `run.devices`; None to go by the cluster.
+    """
+    if configured is not None:
+        return configured
+    # On one machine without addresses all tasks share the machine's devices; on a cluster a task
+    # more than there are devices costs nothing but its start.
+    is_local = (spark.sparkContext.master or "").startswith("local")
+    return 1 if is_local else spark.sparkContext.defaultParallelism

@@ -1,4 +1,4 @@
-"""What all jobs do around their work: turn errors into messages and exit codes.
+"""What all jobs do around their work: read the command line, turn errors into exit codes.
 
 Exit codes: 0 done, 1 failed, 2 bad config or input or setup, 3 finished above a threshold,
 4 stopped early. YARN's cluster mode flattens them, so `runs` has the outcome too.
@@ -6,15 +6,53 @@ Exit codes: 0 done, 1 failed, 2 bad config or input or setup, 3 finished above a
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cdr.errors import CdrError
 
 OK, FAILED, BAD_INPUT, OVER_THRESHOLD, STOPPED = 0, 1, 2, 3, 4
 
 KEPT = "What was committed before is kept; the same command goes on from there."
+
+
+EXIT_CODES = """\
+exit codes: 0 done, 1 failed, 2 bad config, input or setup, 3 finished above a
+threshold of rejected or failed rows, 4 stopped early (run again to go on)"""
+
+
+def make_parser(
+    description: str | None, *, config: str, limit: str, epilog: str
+) -> argparse.ArgumentParser:
+    """Make the command line of a job that carries out a config, wave by wave.
+
+    Args:
+        description: the job's docstring; it opens with the `spark-submit` line.
+        config: what kind of YAML it takes.
+        limit: what a trial on N prompts leaves behind.
+        epilog: examples of `--set` and where all keys stand.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{epilog}\n\n{EXIT_CODES}",
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help=config)
+    override = "override a config value"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
+    add("--limit", type=int, metavar="N", help=f"try N prompts; {limit}")
+    hours = "stop after the wave in flight at this age"
+    add("--max-hours", type=float, metavar="H", help=hours)
+    return parser
+
+
+def overrides(args: argparse.Namespace) -> Sequence[str]:
+    """Give the config overrides that a command line asks for, as `KEY=VALUE`."""
+    hours = [] if args.max_hours is None else [f"run.max_hours={args.max_hours}"]
+    return [*args.set, *hours]
 
 
 def run_job(job: Callable[[], int]) -> int:

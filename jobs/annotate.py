@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from cdr.annotation import AnnotationRun, make_context
-from cdr.cli import OK, run_job
+from cdr.cli import OK, make_parser, overrides, run_job
 from cdr.config import load_annotate_config
 from cdr.forecast import assume_routes, forecast
 from cdr.plan import AnnotationPlan, plan_annotation
@@ -30,35 +30,21 @@ from udfs.score import make_score
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        __doc__,
+        config="annotate YAML, see conf/annotate/",
+        limit="results go to the dataset NAME.limit-N, scores are kept for later",
         epilog="examples of --set:\n"
         "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
         "  --set reward.routing.mode=none                        no conditioning at all\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
         "  --set pairs.rejected=lowest --set pairs.min_margin=1.0\n"
-        "all keys: docs/reference/config.md\n\n"
-        "exit codes: 0 done, 1 failed, 2 bad config, input or setup, 3 finished above a\n"
-        "threshold of rejected or failed rows, 4 stopped early (run again to go on)",
-    )
-    parser.add_argument("--config", required=True, help="annotate YAML, see conf/annotate/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value"
+        "all keys: docs/reference/config.md",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="count prompts, tokens and what is scored already, estimate the cost; load no model",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="try N prompts; results go to the dataset NAME.limit-N, scores are kept for later",
-    )
-    parser.add_argument(
-        "--max-hours", type=float, metavar="H", help="stop after the wave in flight at this age"
     )
     return parser.parse_args(arguments)
 
@@ -66,8 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
-    hours = [] if args.max_hours is None else [f"run.max_hours={args.max_hours}"]
-    config = load_annotate_config(args.config, [*args.set, *hours])
+    config = load_annotate_config(args.config, overrides(args))
     plan = plan_annotation(config, limit=args.limit)
     for warning in config.reward.warnings():
         print(f"warning: {warning}", file=sys.stderr)

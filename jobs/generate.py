@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdr.cli import run_job
+from cdr.cli import make_parser, overrides, run_job
 from cdr.sampling import load_generate_config, plan_sampling
 from cdr.sampling_run import SamplingRun
 from cdr.sampling_stages import export_samples, plan_samples, sample_wave
@@ -26,29 +26,15 @@ from udfs.generate import make_generate
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        __doc__,
+        config="sampling YAML, see conf/generate/",
+        limit="their samples are kept, a run without --limit adds the rest",
         epilog="examples of --set:\n"
         "  --set policy.path=my/policy --set dataset=round-2     another policy\n"
         "  --set sampling.num_samples=8                          more samples of each prompt\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
-        "all keys: cdr/sampling.py; a walk through: docs/how-to/generate.md\n\n"
-        "exit codes: 0 done, 1 failed, 2 bad config, input or setup, 3 finished above a\n"
-        "threshold of rejected or failed rows, 4 stopped early (run again to go on)",
-    )
-    parser.add_argument("--config", required=True, help="sampling YAML, see conf/generate/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value"
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="try N prompts; their samples are kept, a run without --limit adds the rest",
-    )
-    parser.add_argument(
-        "--max-hours", type=float, metavar="H", help="stop after the wave in flight at this age"
+        "all keys: cdr/sampling.py; a walk through: docs/how-to/generate.md",
     )
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="write the dataset as JSON lines too, sorted"
@@ -59,8 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
-    hours = [] if args.max_hours is None else [f"run.max_hours={args.max_hours}"]
-    config = load_generate_config(args.config, [*args.set, *hours])
+    config = load_generate_config(args.config, overrides(args))
     plan = plan_sampling(config, limit=args.limit)
     spark = get_session("cdr generate", warehouse=config.warehouse)
     with SamplingRun(plan, Warehouse(spark, config.warehouse, config.tables)) as run:

@@ -7,11 +7,14 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from deltalake import DeltaTable
 from transformers import AutoTokenizer
 
 from tests.e2e.conftest import Job, descendants, make_rows
@@ -20,7 +23,12 @@ SLOW = {"delay_s_per_token": 0.01}  # about 0.15 s per completion: waves last se
 PROMPTS, CANDIDATES = 24, 2
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], timeout_s: float) -> Any:
+def wait_for(
+    condition: Callable[[], Any],
+    process: subprocess.Popen[str],
+    timeout_s: float,
+    poll_s: float = 0.1,
+) -> Any:
     """Poll until something is there; fail with the job's output when it ends before."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -28,7 +36,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], timeo
             return found
         if process.poll() is not None:
             pytest.fail(f"the job ended too early, with exit code {process.returncode}")
-        time.sleep(0.1)
+        time.sleep(poll_s)
     process.kill()
     pytest.fail("timed out")
 
@@ -92,6 +100,59 @@ def test_a_run_killed_in_a_wave_is_finished_by_the_next_with_rows_that_came_in_b
     killed = min(job.rows("runs"), key=lambda row: row["started_at"])
     assert (killed["outcome"], killed["ended_at"]) == ("running", None)
     assert not list((job.warehouse / "_staging").iterdir()), "the dead run's staging was left"
+
+
+def has_staged(job: Job, name: str) -> bool:
+    """Whether a stage's intermediate table is being written, or is there."""
+    return any(job.warehouse.glob(f"_staging/*/{name}/**/*.parquet"))
+
+
+def is_committing(job: Job, table: str) -> bool:
+    """Whether data files lie in a table that no commit names yet."""
+    folder = job.warehouse / table
+    if not job.commits(table):
+        return False
+    files = {path.name for path in folder.rglob("*.parquet") if "_delta_log" not in path.parts}
+    return bool(files - {Path(uri).name for uri in DeltaTable(str(folder)).file_uris()})
+
+
+def freeze_at(process: subprocess.Popen[str], instant: Callable[[], bool]) -> None:
+    """Stop the JVM at an instant; when it has passed before the signal came, wait for the next."""
+    while True:
+        wait_for(instant, process, 240, poll_s=0.002)
+        process.send_signal(signal.SIGSTOP)
+        if instant():
+            return
+        process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("instant", "is_scoring_over"),
+    [
+        (partial(has_staged, name="candidates"), False),
+        (partial(has_staged, name="work"), False),
+        (partial(has_staged, name="scored"), False),
+        (partial(is_committing, table="logprobs"), False),
+        (partial(is_committing, table="rewards"), True),
+        (partial(is_committing, table="preferences"), True),
+    ],
+    ids=["reading", "planning", "staging a wave", "committing a wave", "rewards", "preferences"],
+)
+def test_a_run_killed_at_any_instant_is_finished_by_the_next(
+    make_job: Callable[..., Job], instant: Callable[[Job], bool], is_scoring_over: bool
+) -> None:
+    job = make_job(make_rows(range(8), range(2)), wave_tokens=400)
+    process = job.start()
+    freeze_at(process, lambda: instant(job))
+    process.kill()
+    process.wait(60)
+    committed = len(job.rows("logprobs")) if job.commits("logprobs") else 0
+    assert (committed == 2 * 8 * 2) == is_scoring_over
+    code, output = job.run()
+    assert code == 0, output
+    assert_complete(job, 8 * 2)
+    assert counts(last_run(job))["logprobs_scored"] == 2 * 8 * 2 - committed
+    assert len(job.rows("preferences")) == 8
 
 
 @pytest.mark.parametrize("victim", ["worker", "host"])

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 
 from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
 from cdr.inputs import input_version
 from cdr.job_run import JobRun, Share, count_devices
@@ -22,8 +23,16 @@ from cdr.scoring import Wave, WaveResult, Work
 from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.summary import summarize
-from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, Warehouse
-from cdr.tracking import RunTracker, TableVersion
+from cdr.tables import (
+    LOGPROBS,
+    PREFERENCES,
+    REJECTS,
+    REWARDS,
+    ROUTES,
+    UNPAIRED,
+    Warehouse,
+)
+from cdr.tracking import RunTracker, TableVersion, redact
 
 
 def make_context(plan: AnnotationPlan, warehouse: Warehouse) -> Context:
@@ -96,7 +105,7 @@ class AnnotationRun(JobRun):
             reward_name=plan.config.reward.name,
             reward_key=plan.reward_key,
             config_hash=plan.config_hash(),
-            config=json.dumps(config, sort_keys=True),
+            config=json.dumps(redact(config), sort_keys=True),
             input_versions={} if version is None else {"completions": version},
             mlflow_run_id=self._tracker.run_id,
         )
@@ -130,7 +139,7 @@ class AnnotationRun(JobRun):
         rewards: DataFrame,
         rejects: DataFrame,
         pairs: DataFrame,
-        without_pair: DataFrame,
+        unpaired: DataFrame,
         work: Work,
     ) -> None:
         """Sum up what was committed, print and record it, and decide the exit code."""
@@ -138,7 +147,7 @@ class AnnotationRun(JobRun):
             rewards,
             rejects,
             pairs,
-            without_pair,
+            unpaired,
             asked=work.asked,
             scored=self._scored,
             tokens=work.tokens,
@@ -154,19 +163,35 @@ class AnnotationRun(JobRun):
         )
         self._conclude(shares, summary.counts())
         self._tracker.log_summary(summary.metrics())
-        for table in (ROUTES, LOGPROBS, REWARDS, REJECTS, PREFERENCES):
+        for table in (ROUTES, LOGPROBS, REWARDS, REJECTS, PREFERENCES, UNPAIRED):
             written = self._warehouse.version(table)
             if written is not None:
                 place = self._warehouse.place(table)
                 self._tracker.log_table(TableVersion(table.name, place, written), role="output")
-        print(f"\n{summary.render()}\n\n{self._next_steps()}")
+        print(f"\n{summary.render()}\n")
+        if len(versions := self._engine_versions()) > 1:
+            self._tracker.set_tags({"cdr.engine_versions": ", ".join(versions)})
+            print(
+                "warning: the log-probs of these models were computed by several versions of the "
+                f"engine: {', '.join(versions)}.\nSmall margins may come from that; see "
+                "logprobs.engine_version.\n"
+            )
+        print(self._next_steps())
+
+    def _engine_versions(self) -> list[str]:
+        """Give the engine versions behind the stored log-probs of the reward's models."""
+        models = [engine.name for engine in self._plan.engines]
+        rows = self._warehouse.read(LOGPROBS).where(F.col("model_key").isin(models))
+        # One row per version.
+        return sorted(row[0] for row in rows.select("engine_version").distinct().collect())
 
     def _next_steps(self) -> str:
         lines = [
             "next:",
             "  SELECT domain, count(*) AS pairs, round(avg(margin), 2) AS margin",
             f"  FROM {self._warehouse.sql_name(PREFERENCES)} "
-            f"WHERE dataset = '{self._plan.dataset}' GROUP BY domain",
+            # A dataset may hold the pairs of other rewards and selections too.
+            f"WHERE run_id = '{self.context.run_id}' GROUP BY domain",
         ]
         if command := self._tracker.ui_command():
             lines += ["", f"  {command}"]

@@ -43,10 +43,17 @@ def make_parser(
     add("--config", required=True, metavar="FILE", help=config)
     override = "override a config value"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
-    add("--limit", type=int, metavar="N", help=f"try N prompts; {limit}")
+    add("--limit", type=_positive, metavar="N", help=f"try N prompts; {limit}")
     hours = "stop after the wave in flight at this age"
     add("--max-hours", type=float, metavar="H", help=hours)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def overrides(args: argparse.Namespace) -> Sequence[str]:

@@ -235,7 +235,7 @@ class RewardSpec(Spec):
         found = []
         strong, weak = self.models.get("strong"), self.models.get("weak")
         if (
-            self.form in ("density_ratio", "pmi")
+            {"strong", "weak"} <= {term.model for term in self.resolved_terms()}
             and strong is not None
             and weak is not None
             and strong.tuned_from not in ("weak", weak.path)

@@ -32,7 +32,7 @@ class TokenizerSpec:
         model_key: the model's key.
         path: folder or hub id of the tokenizer.
         revision: commit hash of a hub id.
-        template: `own`, `plain` or Jinja text.
+        template: Jinja text.
         max_length: tokens of prefix and completion together.
         vocab_size: ids at or above it do not exist in the model.
     """
@@ -180,7 +180,7 @@ class PromptEncoder:
                 instruction_id = conditioned.instruction_id
                 exemplar_id = conditioned.exemplar_id
             prefixes = [
-                self._encoders[model_key].encode_prefix(prompts[condition])
+                self._encode_prefix(model_key, prompts[condition])
                 for model_key, condition in self._plan.views
             ]
         except RowRejected as refusal:
@@ -212,6 +212,19 @@ class PromptEncoder:
             views if kept else (), tuple(rejected), instruction_id, exemplar_id, not with_exemplar
         )
 
+    def _encode_prefix(self, model_key: str, messages: Sequence[Message]) -> tuple[int, ...]:
+        ids = self._encoders[model_key].encode_prefix(messages)
+        self._check_vocabulary(model_key, ids)
+        return ids
+
+    def _check_vocabulary(self, model_key: str, ids: Sequence[int]) -> None:
+        """Refuse ids that the model's embedding has no row for (a tokenizer with added tokens)."""
+        if (largest := max(ids)) >= (size := self._tokenizers[model_key].vocab_size):
+            raise RowRejected(
+                RejectReason.OUTSIDE_VOCABULARY,
+                f"the tokenizer gives the id {largest}, the model has ids below {size}",
+            )
+
     def _encode_candidate(
         self, candidate: Candidate, longest: dict[str, int]
     ) -> dict[str, EncodedCandidate]:
@@ -220,6 +233,7 @@ class PromptEncoder:
             encoded = self._encoders[model_key].encode_completion(
                 candidate.completion, candidate.finish_reason
             )
+            self._check_vocabulary(model_key, encoded.ids)
             total = longest[model_key] + len(encoded.ids)
             if total > spec.max_length:
                 raise RowRejected(

@@ -96,6 +96,7 @@ class RejectReason(StrEnum):
     TOO_LONG = "too_long"
     TEMPLATE_REFUSED = "template_refused"
     BOUNDARY_UNSTABLE = "boundary_unstable"
+    OUTSIDE_VOCABULARY = "outside_vocabulary"
 
 
 class RowRejected(Exception):  # noqa: N818 - a verdict on a row, not an error of the program

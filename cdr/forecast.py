@@ -59,7 +59,9 @@ def _conditioning_chars(pack: PromptPack, domain: str) -> int:
     spec = pack.domains[domain]
     if spec.is_vanilla:
         return 0
-    return max(len(text) for text in spec.instructions.values())
+    instruction = max(len(text) for text in spec.instructions.values())
+    exemplars = (exemplar.model_dump().values() for exemplar in spec.exemplars.values())
+    return instruction + max((sum(map(len, texts)) for texts in exemplars), default=0)
 
 
 def forecast(candidates: DataFrame, routed: DataFrame, work: Work, run: Context) -> str:

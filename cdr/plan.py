@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdr.chat import ChatEncoder, check_vocabulary, load_chat_template
+from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_chat_template
 from cdr.config import AnnotateConfig, Condition, RewardSpec, content_hash
 from cdr.encoding import EncodingPlan, TokenizerSpec
 from cdr.engines.base import EngineSpec
@@ -134,13 +134,12 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         drop_exemplar_when_too_long=reward.encoding.drop_exemplar_when_too_long,
     )
     route = _route_plan(reward, models, pack)
-    text_hashes = {
-        role: content_hash([_template(reward, models, model), model.tokenizer_hash()])
-        for role, model in models.items()
+    template_hashes = {
+        term.model: content_hash(
+            [_template(reward, models, models[term.model]), models[term.model].tokenizer_hash()]
+        )
+        for term in reward.resolved_terms()
     }
-    # The router's own wording is not part of the pack's key, which is about T alone.
-    pack_key = content_hash([pack.key, route.key if route else None]) if pack else None
-    model_keys = {role: model.model_key for role, model in models.items()}
     return AnnotationPlan(
         config=config,
         dataset=config.dataset if limit is None else f"{config.dataset}.limit-{limit}",
@@ -150,7 +149,13 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         encoding=encoding,
         engines=tuple(model.engine_spec for model in scoring.values()),
         route=route,
-        reward_key=reward_key(reward, model_keys, pack_key, text_hashes),
+        reward_key=reward_key(
+            reward,
+            {role: model.model_key for role, model in models.items()},
+            pack.key if pack else None,
+            route.key if route else None,
+            template_hashes,
+        ),
     )
 
 
@@ -172,9 +177,10 @@ def _check_domains(reward: RewardSpec, pack: PromptPack | None) -> None:
 
 
 def _template(reward: RewardSpec, models: Mapping[str, ResolvedModel], model: ResolvedModel) -> str:
+    """Give the text of the template that a scoring model's prompts are rendered with."""
     choice = reward.encoding.template
     if choice == "plain":
-        return choice
+        return PLAIN_TEMPLATE
     if choice in ("strong", "own"):
         source = models["strong"] if choice == "strong" else model
         text = load_chat_template(source.spec.path, source.spec.revision)
@@ -224,15 +230,18 @@ def _route_plan(
         return None
     assert pack is not None
     model = models[routing.model]
-    has_template = load_chat_template(model.spec.path, model.spec.revision) is not None
-    tokenizer = _tokenizer(model, "own" if has_template else "plain")
+    own = load_chat_template(model.spec.path, model.spec.revision)
+    tokenizer = _tokenizer(model, PLAIN_TEMPLATE if own is None else own)
     _check_vocabulary(tokenizer, model)
     domains = routing.domains or pack.router_domains
     key = router_key(
         pack,
         model.model_key,
         domains,
-        encoding_key=content_hash(tokenizer.template),
+        # A prompt too long for the router falls back, so the limit decides too.
+        encoding_key=content_hash(
+            [tokenizer.template, model.tokenizer_hash(), tokenizer.max_length]
+        ),
         threshold=routing.threshold,
         fallback=routing.fallback,
         calibrate=routing.calibrate,

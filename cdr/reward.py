@@ -154,6 +154,7 @@ def reward_key(
     spec: RewardSpec,
     model_keys: Mapping[str, str],
     pack_key: str | None,
+    route_key: str | None,
     template_hashes: Mapping[str, str],
 ) -> str:
     """Hash everything that decides a reward's numbers, and nothing that does not.
@@ -164,10 +165,11 @@ def reward_key(
 
     Args:
         spec: the reward's configuration.
-        model_keys: `model_key` by role in `spec.models`; read for the roles of the terms and, with
-            adaptive routing, of the router.
+        model_keys: `model_key` by role in `spec.models`; read for the roles of the terms.
         pack_key: hash of the prompt pack's content; None without a pack.
-        template_hashes: hash of the chat template in use, for the same roles.
+        route_key: hash of all that decides a prompt's domain (`cdr.router.router_key`); None
+            without a router.
+        template_hashes: hash of the chat template and tokenizer in use, for the same roles.
 
     Returns:
         sha256 in hex.
@@ -194,7 +196,7 @@ def reward_key(
             "reduction": spec.reduction,
             "pack_key": pack_key,
             "routing": routing.model_dump(mode="json", exclude={"model"}),
-            "router": model(routing.model) if routing.mode == "adaptive" else None,
+            "router": route_key,
             "encoding": spec.encoding.model_dump(mode="json", exclude={"template"}),
             "seed": spec.seed,
         }

@@ -147,7 +147,7 @@ def router_key(
         pack: its task wording, and labels and descriptions of `domains`, enter; T's texts do not.
         model_key: the router model's key.
         domains: what may be chosen, in the order listed.
-        encoding_key: hash of what turns messages into token ids (template, options).
+        encoding_key: hash of what turns messages into token ids, and of how many there may be.
         threshold: as in `decide_domain`.
         fallback: as in `decide_domain`.
         calibrate: whether priors are subtracted.

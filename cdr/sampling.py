@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cdr.chat import ChatEncoder, check_vocabulary, load_chat_template
+from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_chat_template
 from cdr.config import (
     EncodingSpec,
     JobSpec,
@@ -180,10 +180,10 @@ def _resolve_policy(spec: ModelSpec) -> ResolvedModel:
 
 
 def _template(config: GenerateConfig) -> str:
-    """Give `plain` or Jinja text."""
+    """Give the text of the template that prompts are rendered with."""
     choice = config.template
     if choice == "plain":
-        return choice
+        return PLAIN_TEMPLATE
     if choice == "own":
         text = load_chat_template(config.policy.path, config.policy.revision)
         if text is None:

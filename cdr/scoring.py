@@ -67,37 +67,49 @@ class Work:
 def plan_work(encoded: DataFrame, run: Context) -> Work:
     """Find what has to be scored: the encoded prompts less what `logprobs` holds.
 
-    A prompt under two ids, and the same completion twice in a prompt, are one question. (Grouping
-    by the prompt as well keeps a prefix that all prompts share, that of an unconditional term,
-    from gathering the whole dataset in one row.) Written once, sorted by bucket, so that a wave
-    reads only its own files.
+    A question (model, prefix, completion) that several prompts share, as all do under an
+    unconditional term, is asked once, for the prompt whose hash comes first. Questions are grouped
+    by prompt, so that no prefix gathers the whole dataset in one row. Written once, sorted by
+    bucket, so that a wave reads only its own files.
 
     Args:
         encoded: from `cdr.stages.encode`.
         run: the run.
     """
-    keys = [engine.name for engine in run.plan.engines]
+    models = F.col("model_key").isin([engine.name for engine in run.plan.engines])
     views = encoded.select("prompt_hash", F.explode("views").alias("v")).select(
         "prompt_hash", "v.model_key", "v.prefix_hash", "v.prefix_ids", "v.candidates"
+    )
+    per_prompt = ["model_key", "prefix_hash", "prompt_hash"]
+    # Hashes alone are taken apart and joined; the ids, which are most of the bytes, stay put.
+    asked = (
+        views.select(*per_prompt, F.explode("candidates.completion_hash").alias("completion_hash"))
+        .groupBy(*LOGPROBS.key)
+        .agg(F.min("prompt_hash").alias("prompt_hash"))
+    )
+    done = run.warehouse.read(LOGPROBS).where(models).select(*LOGPROBS.key).distinct()
+    sorted_out = (
+        asked.join(done.withColumn("is_done", F.lit(True)), on=list(LOGPROBS.key), how="left")
+        .groupBy(*per_prompt)
+        .agg(
+            F.count("*").alias("num_asked"),
+            # Nulls are not collected.
+            F.collect_list(F.when(F.col("is_done").isNull(), F.col("completion_hash"))).alias(
+                "wanted"
+            ),
+        )
     )
     completions = F.transform(
         "candidates", lambda c: F.struct(c["completion_hash"].alias("hash"), c["ids"].alias("ids"))
     )
-    questions = views.groupBy("model_key", "prefix_hash", "prompt_hash").agg(
+    # A prompt may stand under several ids, a completion several times in it.
+    prompts = views.groupBy(*per_prompt).agg(
         F.first("prefix_ids").alias("prefix_ids"),
-        F.array_distinct(F.flatten(F.collect_list(completions))).alias("asked"),
+        F.array_distinct(F.flatten(F.collect_list(completions))).alias("completions"),
     )
-    done = (
-        run.warehouse.read(LOGPROBS)
-        .where(F.col("model_key").isin(keys))
-        .groupBy("model_key", "prefix_hash")
-        .agg(F.collect_set("completion_hash").alias("done"))
-    )
-    missing = F.when(F.col("done").isNull(), F.col("asked")).otherwise(
-        F.filter("asked", lambda c: ~F.array_contains(F.col("done"), c["hash"]))
-    )
+    missing = F.filter("completions", lambda c: F.array_contains(F.col("wanted"), c["hash"]))
     rows = (
-        questions.join(done, on=["model_key", "prefix_hash"], how="left")
+        prompts.join(sorted_out, on=per_prompt, how="inner")
         .withColumn("missing", missing)
         .select(
             "model_key",
@@ -107,7 +119,7 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
             "prefix_ids",
             F.transform("missing", lambda c: c["hash"]).alias("completion_hashes"),
             F.transform("missing", lambda c: c["ids"]).alias("completions_ids"),
-            F.size("asked").alias("num_asked"),
+            "num_asked",
             F.size("missing").alias("num_missing"),
             F.size("prefix_ids").cast("bigint").alias("prefix_tokens"),
             F.aggregate(
@@ -119,7 +131,7 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
         "work", rows.repartitionByRange("bucket").sortWithinPartitions("bucket")
     )
     left = written.where("num_missing > 0")
-    asked = written.agg(F.sum("num_asked")).first()
+    total_asked = written.agg(F.sum("num_asked")).first()
     # One row per model.
     totals = left.groupBy("model_key").agg(
         F.count("*").alias("prompts"),
@@ -129,7 +141,7 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
     )
     return Work(
         rows=left,
-        asked=int(asked[0] or 0) if asked else 0,
+        asked=int(total_asked[0] or 0) if total_asked else 0,
         missing={
             row["model_key"]: Workload(
                 prompts=row["prompts"],

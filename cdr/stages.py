@@ -9,8 +9,10 @@ run ends.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from pyspark.sql import DataFrame, Window
@@ -22,7 +24,7 @@ from cdr.pairs import select_pairs
 from cdr.plan import AnnotationPlan, RoutePlan
 from cdr.reward import logprob_column, reward_column, strong_term, weak_term
 from cdr.staging import Staging
-from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, Warehouse
+from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED, Warehouse
 
 MapFunction = Callable[[Iterator[Any]], Iterator[Any]]
 
@@ -333,39 +335,31 @@ def reject(candidates: DataFrame, encoded: DataFrame, run: Context) -> DataFrame
 def pair(
     rewards: DataFrame, run: Context, mlflow_run_id: str | None
 ) -> tuple[DataFrame, DataFrame]:
-    """Choose a pair per prompt and replace this selection's rows of `preferences`.
+    """Choose a pair per prompt; replace this selection's rows of `preferences` and `unpaired`.
 
     Returns:
-        The pairs written, and for every prompt without one its `no_pair_reason`.
+        What was written: the pairs, and the prompts without one.
     """
     plan, warehouse = run.plan, run.warehouse
+    selection = {
+        "dataset": plan.dataset,
+        "reward_key": plan.reward_key,
+        "selection_key": plan.selection_key,
+    }
+    stamps = {name: F.lit(value) for name, value in {**selection, "run_id": run.run_id}.items()}
     chosen = run.staging.write(
         "pairs", select_pairs(rewards.where("status = 'ok'"), plan.config.pairs)
+    ).withColumns(stamps)
+    pairs = chosen.where("no_pair_reason IS NULL").withColumns(
+        {
+            "reward_name": F.lit(plan.config.reward.name),
+            "mlflow_run_id": F.lit(mlflow_run_id),
+        }
     )
-    pairs = (
-        chosen.where("no_pair_reason IS NULL")
-        .withColumn("dataset", F.lit(plan.dataset))
-        .withColumn("reward_key", F.lit(plan.reward_key))
-        .withColumn("selection_key", F.lit(plan.selection_key))
-        .withColumn("reward_name", F.lit(plan.config.reward.name))
-        .withColumn("mlflow_run_id", F.lit(mlflow_run_id))
-        .withColumn("run_id", F.lit(run.run_id))
+    unpaired = chosen.where("no_pair_reason IS NOT NULL").withColumnRenamed(
+        "no_pair_reason", "reason"
     )
-    warehouse.replace(
-        PREFERENCES,
-        pairs,
-        dataset=plan.dataset,
-        reward_key=plan.reward_key,
-        selection_key=plan.selection_key,
-    )
-    without = chosen.where("no_pair_reason IS NOT NULL")
-    return read_preferences(plan, warehouse), without
-
-
-def read_preferences(plan: AnnotationPlan, warehouse: Warehouse) -> DataFrame:
-    """Read this dataset's pairs of this reward and selection."""
-    return warehouse.read(PREFERENCES).where(
-        (F.col("dataset") == plan.dataset)
-        & (F.col("reward_key") == plan.reward_key)
-        & (F.col("selection_key") == plan.selection_key)
-    )
+    warehouse.replace(PREFERENCES, pairs, **selection)
+    warehouse.replace(UNPAIRED, unpaired, **selection)
+    ours = reduce(operator.and_, (F.col(name) == value for name, value in selection.items()))
+    return warehouse.read(PREFERENCES).where(ours), warehouse.read(UNPAIRED).where(ours)

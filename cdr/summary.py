@@ -176,7 +176,7 @@ def summarize(
     rewards: DataFrame,
     rejects: DataFrame,
     pairs: DataFrame,
-    without_pair: DataFrame,
+    unpaired: DataFrame,
     *,
     asked: int,
     scored: int,
@@ -190,7 +190,7 @@ def summarize(
         rewards: this run's rows of `rewards`.
         rejects: this dataset's rows of `rejects`.
         pairs: this run's rows of `preferences`.
-        without_pair: prompts without a pair, with `no_pair_reason`.
+        unpaired: this run's rows of `unpaired`.
         asked: log-probs the reward needs.
         scored: log-probs computed now.
         tokens: tokens read by the scoring models.
@@ -253,7 +253,7 @@ def summarize(
         asked=asked,
         scored=scored,
         pairs=sum(row["pairs"] for row in by_pair.values()),
-        no_pair=_counts(without_pair.groupBy("no_pair_reason").count()),
+        no_pair=_counts(unpaired.groupBy("reason").count()),
         length_fallbacks=sum(row["fallbacks"] for row in by_pair.values()),
         tokens=tokens,
         scoring_s=scoring_s,

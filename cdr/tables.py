@@ -173,6 +173,28 @@ PREFERENCES = Table(
     ("dataset", "reward_key", "selection_key"),
 )
 
+UNPAIRED = Table(
+    "unpaired",
+    "prompt without a pair",
+    ("dataset", "reward_key", "selection_key", "prompt_id"),
+    (
+        ("dataset", "string", "Name of the set of completions"),
+        ("reward_key", "string", "Hash of all that decides the reward's numbers"),
+        ("selection_key", "string", "Hash of the rule that chose the pairs"),
+        ("prompt_id", "string", "The prompt's id"),
+        ("prompt_hash", "string", "sha256 hex of the prompt's messages"),
+        ("domain", "string", "Domain of the prompt"),
+        ("num_candidates", "int", "Distinct usable candidates of the prompt"),
+        (
+            "reason",
+            "string",
+            "one_candidate, tie, below_min_margin or outside_length_window",
+        ),
+        ("run_id", "string", "Run that wrote the row"),
+    ),
+    ("dataset", "reward_key", "selection_key"),
+)
+
 REJECTS = Table(
     "rejects",
     "rejected input row",
@@ -236,7 +258,7 @@ COMPLETIONS = Table(
 )
 
 TABLES: tuple[Table, ...] = (
-    COMPLETIONS, ROUTES, LOGPROBS, REWARDS, PREFERENCES, REJECTS, RUNS
+    COMPLETIONS, ROUTES, LOGPROBS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS
 )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ class RunTracker:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         self._tracking, self._warehouse, self._run_name = tracking, warehouse, run_name
-        self._config: dict[str, Any] = _redact(config)
+        self._config: dict[str, Any] = redact(config)
         self._tags = dict(tags or {})
         self._client: Any = None
         self._unsent: list[dict[str, Any]] = []
@@ -99,7 +99,7 @@ class RunTracker:
         except Exception as error:  # MLflow, SQLAlchemy and the network each have their own
             raise SetupError(
                 f"MLflow cannot be used: {_first_line(error)}",
-                where=_redact(self.uri),
+                where=redact(self.uri),
                 fix="start the server or correct tracking.uri (or MLFLOW_TRACKING_URI) and "
                 f"tracking.experiment; or {_NO_TRACKING}",
             ) from None
@@ -137,7 +137,7 @@ class RunTracker:
 
     def set_tags(self, tags: Mapping[str, str], *, run_id: str | None = None) -> None:
         """Set tags on this run or on another one (to link the two)."""
-        cut = {name: str(_redact(text))[:_MAX_TAG_CHARS] for name, text in tags.items()}
+        cut = {name: str(redact(text))[:_MAX_TAG_CHARS] for name, text in tags.items()}
 
         def send() -> None:
             for name, text in cut.items():
@@ -176,7 +176,7 @@ class RunTracker:
                 length statistics, throughput, warnings.
         """
         self.log_metrics(summary)
-        text = json.dumps(_redact(summary), indent=2, ensure_ascii=False)
+        text = json.dumps(redact(summary), indent=2, ensure_ascii=False)
         self._send(
             "summary.json",
             summary,
@@ -258,7 +258,7 @@ class RunTracker:
                 return
             except Exception as error:  # the job's work must outlive any store
                 problem = _first_line(error)
-        self._unsent.append({"what": what, "problem": problem, "payload": _redact(payload)})
+        self._unsent.append({"what": what, "problem": problem, "payload": redact(payload)})
         text = json.dumps(self._unsent, indent=2, ensure_ascii=False, default=str)
         path = _unsent_folder(self._warehouse) / f"{self.run_id}.json"
         try:
@@ -294,7 +294,7 @@ def resolve_tracking_uri(tracking: TrackingSpec, warehouse: str) -> str:
     if folder is None:
         raise SetupError(
             "tracking.uri: needed where the warehouse is not a local folder",
-            where=_redact(warehouse),
+            where=redact(warehouse),
             fix=f"--set tracking.uri=https://your-mlflow-server, or {_NO_TRACKING}",
         )
     return f"sqlite:///{folder / 'mlflow.db'}"
@@ -359,27 +359,27 @@ def _leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterat
 
 
 def _param_text(value: object) -> str:
-    text = str(_redact(value if isinstance(value, str) else json.dumps(value, default=str)))
+    text = str(redact(value if isinstance(value, str) else json.dumps(value, default=str)))
     if len(text) <= _MAX_PARAM_CHARS:
         return text
     note = " ... (cut: all of it is in config.yaml)"
     return text[: _MAX_PARAM_CHARS - len(note)] + note
 
 
-def _redact(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """Take user names and passwords out of URIs, at any depth."""
     if isinstance(value, str):
         return _USER_INFO.sub("***", value)
     if isinstance(value, Mapping):
-        return {key: _redact(item) for key, item in value.items()}
+        return {key: redact(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_redact(item) for item in value]
+        return [redact(item) for item in value]
     return value
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [""]
-    return str(_redact(f"{type(error).__name__}: {lines[0]}"))[:500]
+    return str(redact(f"{type(error).__name__}: {lines[0]}"))[:500]
 
 
 @contextlib.contextmanager

@@ -74,8 +74,8 @@ def annotate(plan: AnnotationPlan, warehouse: Warehouse) -> int:
             run.committed(score_wave(wave, work, context, make_score, run.counter))
         rewards = reward(candidates, routed, encoded, run.failures(), context)
         rejects = reject(candidates, encoded, context)
-        pairs, without = pair(rewards, context, run.mlflow_run_id)
-        run.finish(rewards, rejects, pairs, without, work)
+        pairs, unpaired = pair(rewards, context, run.mlflow_run_id)
+        run.finish(rewards, rejects, pairs, unpaired, work)
     return run.exit_code
 
 

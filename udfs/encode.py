@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
 
-from cdr.encoding import Candidate, EncodedPrompt, EncodingPlan, PromptEncoder, ids_hash
+from cdr.encoding import Candidate, EncodingPlan, PromptEncoder, ids_hash
 
 ENCODED_DDL = (
     "prompt_id string, prompt_hash string, instruction_id string, exemplar_id string, "
@@ -17,6 +18,8 @@ ENCODED_DDL = (
     "rejected array<struct<completion_id: string, reason: string, detail: string>>"
 )
 """Schema of what `make_encode` yields."""
+
+_CHUNK_ROWS = 64
 
 _CANDIDATE = pa.struct(
     [
@@ -82,28 +85,27 @@ def make_encode(
         for batch in batches:
             # Loaded with the first batch: an empty partition loads no tokenizer.
             encoder = encoder or PromptEncoder(plan)
-            rows = [
-                _row(
-                    row["prompt_id"],
-                    row["prompt_hash"],
-                    encoder.encode(
-                        row["prompt"],
-                        row["prompt_hash"],
-                        row["domain"],
-                        [Candidate(**candidate) for candidate in row["candidates"]],
-                    ),
-                )
-                for row in batch.to_pylist()
-            ]
-            yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+            # A batch of Spark's may hold thousands of prompts; as Python objects they would take
+            # many times the memory.
+            for start in range(0, batch.num_rows, _CHUNK_ROWS):
+                rows = [
+                    _encode_row(encoder, row) for row in batch.slice(start, _CHUNK_ROWS).to_pylist()
+                ]
+                yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
 
     return encode
 
 
-def _row(prompt_id: str, prompt_hash: str, encoded: EncodedPrompt) -> dict[str, object]:
+def _encode_row(encoder: PromptEncoder, row: dict[str, Any]) -> dict[str, object]:
+    encoded = encoder.encode(
+        row["prompt"],
+        row["prompt_hash"],
+        row["domain"],
+        [Candidate(**candidate) for candidate in row["candidates"]],
+    )
     return {
-        "prompt_id": prompt_id,
-        "prompt_hash": prompt_hash,
+        "prompt_id": row["prompt_id"],
+        "prompt_hash": row["prompt_hash"],
         "instruction_id": encoded.instruction_id,
         "exemplar_id": encoded.exemplar_id,
         "exemplar_dropped": encoded.exemplar_dropped,

@@ -119,7 +119,7 @@ def is_committing(job: Job, table: str) -> bool:
 def freeze_at(process: subprocess.Popen[str], instant: Callable[[], bool]) -> None:
     """Stop the JVM at an instant; when it has passed before the signal came, wait for the next."""
     while True:
-        wait_for(instant, process, 240, poll_s=0.002)
+        wait_for(instant, process, 480, poll_s=0.002)
         process.send_signal(signal.SIGSTOP)
         if instant():
             return

@@ -164,11 +164,15 @@ def test_a_prefix_that_all_prompts_share_does_not_gather_them_in_one_row(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     context = make_context(spark, tmp_path)
-    rows = encoded(spark, {"a": [[1]], "b": [[2]], "c": [[3]]})
+    rows = encoded(spark, {"a": [[1], [9, 99]], "b": [[2], [9, 99]], "c": [[3]]})
     views = "transform(views, v -> named_struct('model_key', v.model_key, 'condition', "
     views += "'unconditional', 'prefix_hash', binary('same'), 'prefix_ids', array(7), "
     views += "'candidates', v.candidates)) AS views"
     shared = rows.selectExpr("* EXCEPT (views)", views)
     work = plan_work(shared, context)
     assert work.rows.count() == 6
-    assert work.completions == 6
+    # Two models × [1], [2], [3] and the [9, 99] that two prompts share: it is asked once, so that
+    # its failure stands once too.
+    assert (work.asked, work.completions) == (8, 8)
+    assert score_all(spark, context, shared) == (1, 6, 2)
+    assert plan_work(shared, replace(context, run_id="r2")).completions == 2

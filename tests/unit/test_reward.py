@@ -139,9 +139,10 @@ def key_of(
     spec: RewardSpec | None = None,
     model_keys: dict[str, str] = MODEL_KEYS,
     pack_key: str | None = "pack-1",
+    route_key: str | None = "route-1",
     template_hashes: dict[str, str] = TEMPLATE_HASHES,
 ) -> str:
-    return reward_key(spec or make_spec(), model_keys, pack_key, template_hashes)
+    return reward_key(spec or make_spec(), model_keys, pack_key, route_key, template_hashes)
 
 
 def test_the_key_ignores_what_does_not_change_a_number() -> None:
@@ -162,9 +163,10 @@ def test_the_key_ignores_what_does_not_change_a_number() -> None:
         "name of the template": key_of(make_spec(encoding={"template": "own"})),
         "name of the router's role": reward_key(
             make_spec(models=renamed_router, routing={"model": "small"}),
-            {**MODEL_KEYS, "small": "key-r"},
+            MODEL_KEYS,
             "pack-1",
-            {**TEMPLATE_HASHES, "small": "template-2"},
+            "route-1",
+            TEMPLATE_HASHES,
         ),
     }
     assert {case for case, key in same.items() if key != key_of()} == set()
@@ -186,16 +188,9 @@ def test_the_key_changes_with_everything_that_changes_a_number() -> None:
         "no pack": key_of(pack_key=None),
         "strong": key_of(model_keys={**MODEL_KEYS, "strong": "key-t"}),
         "weak": key_of(model_keys={**MODEL_KEYS, "weak": "key-t"}),
-        "router": key_of(model_keys={**MODEL_KEYS, "router": "key-t"}),
+        "router": key_of(route_key="route-2"),
+        "no router": key_of(route_key=None),
         "swapped": key_of(model_keys={**MODEL_KEYS, "strong": "key-w", "weak": "key-s"}),
         "template": key_of(template_hashes={**TEMPLATE_HASHES, "weak": "template-3"}),
     }
     assert len(set(changed.values())) == len(changed)
-
-
-def test_the_routers_model_counts_only_where_it_routes() -> None:
-    fixed = make_spec(routing={"mode": "fixed", "domain": "safety"})
-    without_router = {role: MODEL_KEYS[role] for role in ("strong", "weak")}
-    assert key_of(fixed, model_keys=without_router) == key_of(fixed)
-    with pytest.raises(KeyError, match="router"):
-        key_of(model_keys=without_router)

@@ -22,7 +22,7 @@ _EXECUTOR, _TASK = "spark.executor.resource.gpu.amount", "spark.task.resource.gp
 
 
 def task_gpus(spark: SparkSession, engines: Sequence[EngineSpec]) -> dict[str, Any]:
-    """Give the arguments of `mapInPandas` that get each task the GPUs of its engines.
+    """Give what `mapInPandas` or `mapInArrow` needs to get each task the GPUs of its engines.
 
     Args:
         spark: the session.

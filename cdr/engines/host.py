@@ -275,7 +275,7 @@ class EngineHost:
                 f"cannot load model {spec.name} from {spec.path}: {type(error).__name__}: {error}"
             ) from error
         load_s = time.monotonic() - begin
-        children = tuple(set(_descendants()) - before)
+        children = tuple(child for child in set(_descendants()) - before if not _is_shared(child))
         self._loaded[spec.name] = _Loaded(engine, load_s, children)
         _log.info("loaded %s in %.1f s", spec.name, load_s)
 
@@ -373,6 +373,14 @@ def kill_session() -> NoReturn:
 def _descendants() -> list[psutil.Process]:
     # Also those in sessions of their own, and orphans: this process is their reaper.
     return psutil.Process().children(recursive=True)
+
+
+def _is_shared(process: psutil.Process) -> bool:
+    """Tell multiprocessing's own helper, one for all engines, from an engine's processes."""
+    try:
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

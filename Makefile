@@ -19,13 +19,13 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup demo test check lint types unit format benchmark docs requirements clean
+.PHONY: help setup demo test test-cluster check lint types unit format benchmark docs requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
 	@echo "make test     all tests, as CI runs them"
 	@echo ""
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY) $(MODEL) ## Make .venv with everything, and the demo model
 
@@ -64,6 +64,9 @@ lint: $(READY)
 
 types: $(READY)
 	@$(BIN)/mypy $(CODE)
+
+test-cluster: setup java ## Engine hosts on a standalone cluster with made-up GPU addresses
+	@$(BIN)/pytest tests/cluster
 
 format: $(READY) ## Format the code
 	@$(BIN)/ruff check --fix .

@@ -59,6 +59,16 @@ class ModelSpec(Spec):
         2048, ge=16, description="Tokens of prompt and completion together; longer is rejected."
     )
     batch_tokens: int = Field(4096, ge=64, description="Tokens per forward at most.")
+    memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of each device's memory the engine may take. None: what the placement "
+        "leaves it.",
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, description="Devices over which the weights are split; a task needs as many."
+    )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for the engine, passed as they are."
     )
@@ -375,10 +385,17 @@ class JobSpec(Spec):
 class RunSpec(JobSpec):
     """How the work is carried out; nothing here changes a number."""
 
-    placement: Literal["colocated", "sequential"] = Field(
+    placement: Literal["auto", "colocated", "sequential"] = Field(
         "colocated",
         description="`colocated`: all scoring models loaded together; `sequential`: one model "
-        "through all waves, then the next, for models that only fit a device alone.",
+        "through all waves, then the next, for models that only fit a device alone; `auto`: "
+        "colocated where they fit a device together.",
+    )
+    device_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory of one device in GiB, for `auto` and to refuse models that cannot fit. "
+        "None: `auto` looks it up.",
     )
     wave_tokens: int = Field(
         50_000_000,

@@ -74,6 +74,14 @@ class EngineError(CdrError):
     """An engine or its host failed; the message ends with the tail of the host's log."""
 
 
+class EngineDied(EngineError):  # noqa: N818 - an event first: the host loads it again
+    """An engine's own process (vLLM's core) ended: the engine has to be loaded again.
+
+    Raised by engines. The host then closes the engine, and the client narrows the request down to
+    the completions that it dies of, as when the host itself dies.
+    """
+
+
 class TableError(CdrError):
     """A table of the warehouse has another schema version, or cannot be read or written."""
 

@@ -147,6 +147,8 @@ def _engine_spec(
         max_length=spec.max_length,
         batch_tokens=spec.batch_tokens,
         extra=json.dumps(spec.extra, sort_keys=True),
+        memory_fraction=spec.memory_fraction,
+        tensor_parallel=spec.tensor_parallel,
     )
 
 

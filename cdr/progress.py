@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,21 @@ class Counts(NamedTuple):
         return Counts(self.prompts + other.prompts, self.tokens + other.tokens)
 
 
+class EngineLoad(NamedTuple):
+    """An engine that an engine host has loaded: where, and the seconds that took."""
+
+    node: str
+    device: str
+    host_pid: int
+    engine: str
+    load_s: float
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        place = f"{self.node} {self.device} (engine host {self.host_pid})"
+        return f"loaded {self.engine} in {self.load_s:.1f} s on {place}"
+
+
 class CountSource(Protocol):
     """What a `Progress` polls."""
 
@@ -61,15 +77,30 @@ class CountSource(Protocol):
         """Give everything counted so far."""
         ...
 
+    def engine_loads(self) -> frozenset[EngineLoad]:
+        """Give every engine that was loaded so far."""
+        ...
+
+
+# How Spark adds up: each an `AccumulatorParam`, without importing PySpark here.
+
 
 class _CountsParam:
-    """How Spark adds up `Counts`: an `AccumulatorParam`, without importing PySpark here."""
-
     def zero(self, value: Counts) -> Counts:
         return Counts()
 
     def addInPlace(self, left: Counts, right: Counts) -> Counts:  # noqa: N802 - Spark's name
         return left.plus(right)
+
+
+class _LoadsParam:
+    def zero(self, value: frozenset[EngineLoad]) -> frozenset[EngineLoad]:
+        return frozenset()
+
+    def addInPlace(  # noqa: N802 - Spark's name
+        self, left: frozenset[EngineLoad], right: frozenset[EngineLoad]
+    ) -> frozenset[EngineLoad]:
+        return left | right
 
 
 @dataclass(frozen=True)
@@ -78,10 +109,12 @@ class TaskCounter:
 
     Args:
         ended: accumulator over ended tasks.
+        loads: accumulator over the engines that ended tasks found loaded.
         folder: of the running tasks' files, on the one machine of a local session; else None.
     """
 
     ended: Accumulator[Counts]
+    loads: Accumulator[frozenset[EngineLoad]]
     folder: Path | None
 
     @classmethod
@@ -89,13 +122,16 @@ class TaskCounter:
         """Make a counter on the driver; its folder goes away with it."""
         from pyspark.accumulators import AccumulatorParam
 
-        # PySpark asks for a subclass; defined up there it would make this module need PySpark.
-        param: AccumulatorParam[Counts] = _CountsParam()  # type: ignore[assignment]
+        # PySpark asks for subclasses; defined up there they would make this module need PySpark.
+        counts: AccumulatorParam[Counts] = _CountsParam()  # type: ignore[assignment]
+        loads: AccumulatorParam[frozenset[EngineLoad]] = _LoadsParam()  # type: ignore[assignment]
         context = spark.sparkContext
         folder = None
-        if (context.master or "").startswith("local"):
+        if is_one_machine(context.master):
             folder = Path(tempfile.mkdtemp(prefix="cdr-progress-"))
-        counter = cls(context.accumulator(Counts(), param), folder)
+        counter = cls(
+            context.accumulator(Counts(), counts), context.accumulator(frozenset(), loads), folder
+        )
         if folder is not None:
             weakref.finalize(counter, shutil.rmtree, folder, ignore_errors=True)
         return counter
@@ -116,6 +152,14 @@ class TaskCounter:
             count.clear()
             self.ended.add(count.counts)
 
+    def add_loads(self, loads: Iterable[EngineLoad]) -> None:
+        """Note, on a worker, which engines a task found loaded."""
+        self.loads.add(frozenset(loads))
+
+    def engine_loads(self) -> frozenset[EngineLoad]:
+        """Give every engine that ended tasks found loaded (driver only)."""
+        return self.loads.value
+
     def read(self) -> Counts:
         """Give the counts of ended and running tasks (driver only)."""
         total = self.ended.value
@@ -124,6 +168,11 @@ class TaskCounter:
                 prompts, tokens = path.read_text().split()
                 total = total.plus(Counts(int(prompts), int(tokens)))
         return total
+
+
+def is_one_machine(master: str | None) -> bool:
+    """Tell whether the driver is the only executor: `local`, `local[4]`; not `local-cluster`."""
+    return re.fullmatch(r"local(\[.*\])?", master or "") is not None
 
 
 class TaskCount:
@@ -178,6 +227,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._clock = clock
         self._done = Counts()
+        self._told: frozenset[EngineLoad] = frozenset()
         self._history = deque([(clock(), self._done)])
         self._start_s = clock()
         self._bar: tqdm[Any] | None = None
@@ -209,7 +259,11 @@ class Progress:
             self._bar.close()
 
     def refresh(self) -> None:
-        """Read the counts and show them."""
+        """Read the counts and show them, and which engines were loaded meanwhile."""
+        loads = self._source.engine_loads()
+        for load in sorted(loads - self._told):
+            self._print(load.describe())
+        self._told = loads
         now, counts = self._clock(), self._source.read()
         # Between the end of a task and its accumulator's arrival the sum dips for a moment.
         self._done = Counts(*map(max, self._done, counts))
@@ -217,7 +271,7 @@ class Progress:
         while len(self._history) > 2 and self._history[1][0] <= now - _RATE_WINDOW_S:
             self._history.popleft()
         if self._bar is None:
-            print(f"{self._label}: {self.describe()}", file=self._stream, flush=True)
+            self._print(f"{self._label}: {self.describe()}")
         else:
             self._bar.set_postfix_str(self.describe(), refresh=False)
             self._bar.update(min(self._done.tokens, self._total.tokens) - self._bar.n)
@@ -240,6 +294,12 @@ class Progress:
             parts.append(f"{format_duration(left_s)} left" if left_s else "done")
         parts.append(f"{format_duration(self._clock() - self._start_s)} so far")
         return ", ".join(parts)
+
+    def _print(self, line: str) -> None:
+        if self._bar is None:
+            print(line, file=self._stream, flush=True)
+        else:
+            self._bar.write(line, file=self._stream)
 
     def _poll(self) -> None:
         interval_s = _LINE_INTERVAL_S if self._bar is None else _TERMINAL_INTERVAL_S

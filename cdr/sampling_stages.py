@@ -19,6 +19,7 @@ from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from cdr.errors import InputError, RejectReason
+from cdr.gpus import task_gpus
 from cdr.inputs import (
     NOT_BLANK,
     messages_column,
@@ -251,7 +252,7 @@ def sample_wave(
         # An explicit number is kept by adaptive execution: no device idles.
         .repartition(run.num_tasks, "prompt_hash")
         .sortWithinPartitions("prompt_hash")
-        .mapInArrow(function, GENERATED_DDL)
+        .mapInArrow(function, GENERATED_DDL, **task_gpus(run.warehouse.spark, [run.plan.engine]))
         .observe(
             observed,
             F.count(F.when(is_sample, 1)).alias("sampled"),

@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pyspark.sql import Column, DataFrame, Observation
+from pyspark.sql import Column, DataFrame, Observation, Window
 from pyspark.sql import functions as F
 
 from cdr.config import RunSpec
 from cdr.engines.base import EngineSpec
 from cdr.estimate import Workload
+from cdr.gpus import task_gpus
 from cdr.progress import TaskCounter
 from cdr.stages import Context, MapFunction
 from cdr.tables import LOGPROBS
@@ -219,8 +220,10 @@ def score_wave(
 ) -> WaveResult:
     """Score one wave and append it to `logprobs` in one commit.
 
-    A prompt's questions go to one task, sorted so that neighbours share the longest prefix. The
-    wave is staged first: scores and failures come out of one pass over the models.
+    A prompt's questions go to one task, prompts sorted so that neighbours share the longest
+    prefix, and all models of a prompt are asked in turn, so that none waits for the other to get
+    through the task. The wave is staged first: scores and failures come out of one pass over the
+    models.
 
     Args:
         wave: from `plan_waves`.
@@ -233,14 +236,24 @@ def score_wave(
     names = [engine.name for engine in wave.engines]
     num_tasks = max(run.num_devices, math.ceil(wave.tokens / spec.task_tokens))
     observed = Observation()
+    # A prompt's place among the others is its longest prefix in the tokens of one model: the shared
+    # text of domain and exemplar leads in all of them.
+    longest_of_one_model = F.struct("model_key", -F.size("prefix_ids"))
+    prompt = Window.partitionBy("prompt_hash")
     scored = (
         work.rows.where((F.col("bucket") >= wave.low) & (F.col("bucket") < wave.high))
         .where(F.col("model_key").isin(names))
         # An explicit number is kept by adaptive execution: no device idles.
         .repartition(num_tasks, "prompt_hash")
-        .sortWithinPartitions("model_key", "prefix_ids")
+        # The window finds its rows where they are: no second shuffle.
+        .withColumn("place", F.min_by("prefix_ids", longest_of_one_model).over(prompt))
+        .sortWithinPartitions("place", "model_key")
         .select("model_key", "prefix_hash", "prefix_ids", "completion_hashes", "completions_ids")
-        .mapInPandas(make_score(wave.engines, spec, counter, work.counted), SCORED_DDL)
+        .mapInPandas(
+            make_score(wave.engines, spec, counter, work.counted),
+            SCORED_DDL,
+            **task_gpus(run.warehouse.spark, wave.engines),
+        )
         .observe(
             observed,
             F.count(F.when(F.col("error").isNull(), 1)).alias("scored"),

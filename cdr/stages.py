@@ -19,6 +19,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from cdr.errors import FailReason
+from cdr.gpus import task_gpus
 from cdr.inputs import read_candidates
 from cdr.pairs import select_pairs
 from cdr.plan import AnnotationPlan, RoutePlan
@@ -126,6 +127,7 @@ def route(
             make_route(plan.route),
             "prompt_hash string, domain string, confidence double, "
             "label_logprobs map<string, double>, domain_source string, error string",
+            **task_gpus(warehouse.spark, [plan.route.engine]),
         ),
     )
     decided = answers.where("error IS NULL")

@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from cdr.annotation import AnnotationRun, make_context
 from cdr.cli import OK, make_parser, overrides, run_job
 from cdr.config import load_annotate_config
 from cdr.forecast import assume_routes, forecast
+from cdr.placement import place
 from cdr.plan import AnnotationPlan, plan_annotation
 from cdr.scoring import plan_waves, plan_work, score_wave
 from cdr.session import get_session
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     spark = get_session("cdr annotate", warehouse=config.warehouse)
     warehouse = Warehouse(spark, config.warehouse, config.tables)
+    plan = place(plan, spark)
     return dry_run(plan, warehouse) if args.dry_run else annotate(plan, warehouse)
 
 
@@ -66,7 +69,8 @@ def annotate(plan: AnnotationPlan, warehouse: Warehouse) -> int:
     with AnnotationRun(plan, warehouse) as run:
         context = run.context
         candidates = load_candidates(context)
-        routed = route(group_prompts(candidates), context, make_route)
+        router = partial(make_route, counter=run.counter)
+        routed = route(group_prompts(candidates), context, router)
         run.check_stop()
         encoded = encode(routed, context, make_encode(plan.encoding), ENCODED_DDL)
         work = plan_work(encoded, context)

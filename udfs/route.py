@@ -13,17 +13,19 @@ from cdr.chat import ChatEncoder, Message
 from cdr.engines.base import ScoringGroup
 from cdr.errors import EngineError, RowRejected
 from cdr.plan import RoutePlan
+from cdr.progress import TaskCounter
 from cdr.router import content_free_messages, decide_domain, router_messages
 from udfs.engines import task_engines
 
 
 def make_route(
-    plan: RoutePlan,
+    plan: RoutePlan, counter: TaskCounter
 ) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     """Make the function for `DataFrame.mapInPandas`.
 
     Args:
         plan: router model, texts and threshold.
+        counter: tells the driver where the router was loaded.
 
     Returns:
         A function over frames with prompt_hash and prompt; it yields prompt_hash, domain,
@@ -48,7 +50,7 @@ def make_route(
             encoder.encode_completion(plan.pack.domains[name].router_label, None).ids
             for name in plan.domains
         )
-        with task_engines([plan.engine]) as (client, _):
+        with task_engines([plan.engine], counter) as (client, _):
 
             def label_logprobs(prefixes: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
                 groups = [ScoringGroup(prefix, labels) for prefix in prefixes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,34 +24,38 @@ def make_score(
 
     Args:
         specs: the models of the wave; rows name them by `model_key`.
-        run: `request_tokens` bounds a request; `store_token_logprobs` keeps every token's value.
+        run: `request_tokens` bounds what one request asks of one model; `store_token_logprobs`
+            keeps every token's value.
         counter: counts tokens of all models, and prompts of one.
         counted: model key whose prompts are counted.
 
     Returns:
         A function over frames with model_key, prefix_hash, prefix_ids, completion_hashes and
-        completions_ids, sorted by model and prefix; it yields `cdr.scoring.SCORED_DDL` rows, one
-        per completion, failed ones with their error.
+        completions_ids, in an order that keeps prompts with a common prefix together and asks all
+        models of a prompt in turn, so that a request keeps all of them busy. It yields
+        `cdr.scoring.SCORED_DDL` rows, one per completion, failed ones with their error.
     """
 
     def score(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         first = next(frames, None)
         if first is None:
             return  # an empty partition loads no model
-        with task_engines(specs) as (client, versions), counter.task() as count:
+        with task_engines(specs, counter) as (client, versions), counter.task() as count:
             for frame in _with_first(first, frames):
                 for request in _requests(frame, run.request_tokens):
-                    model_key = request[0].model_key
-                    answers = client.score(model_key, [question.group for question in request])
+                    answers = client.score_all(
+                        {key: [q.group for q in questions] for key, questions in request.items()}
+                    )
                     count.add(
-                        prompts=len(request) if model_key == counted else 0,
-                        tokens=sum(question.num_tokens for question in request),
+                        prompts=len(request.get(counted, ())),
+                        tokens=sum(q.num_tokens for asked in request.values() for q in asked),
                     )
                     yield pd.DataFrame(
                         [
                             row
-                            for question, outcomes in zip(request, answers, strict=True)
-                            for row in _rows(question, outcomes, versions[model_key], run)
+                            for key, questions in request.items()
+                            for question, outcomes in zip(questions, answers[key], strict=True)
+                            for row in _rows(question, outcomes, versions[key], run)
                         ]
                     )
 
@@ -77,25 +82,35 @@ class _Question:
         return len(self.group.prefix_ids) + sum(map(len, self.group.completions_ids))
 
 
-def _requests(frame: pd.DataFrame, request_tokens: int) -> Iterator[list[_Question]]:
-    """Cut rows, in their order, into requests of one model and about `request_tokens` tokens."""
-    request: list[_Question] = []
-    tokens = 0
+def _requests(frame: pd.DataFrame, request_tokens: int) -> Iterator[dict[str, list[_Question]]]:
+    """Cut rows, in their order, into requests of about `request_tokens` tokens for each model.
+
+    Yields:
+        Questions by model key, sorted by prefix: neighbours share their common one.
+    """
+    request: dict[str, list[_Question]] = {}
+    tokens: Counter[str] = Counter()
     for row in frame.to_dict("records"):
         group = ScoringGroup(
             tuple(row["prefix_ids"].tolist()),
             tuple(tuple(ids.tolist()) for ids in row["completions_ids"]),
         )
-        hashes = row["completion_hashes"]
-        question = _Question(row["model_key"], row["prefix_hash"], hashes, group)
-        is_full = tokens + question.num_tokens > request_tokens
-        if request and (is_full or request[0].model_key != question.model_key):
-            yield request
-            request, tokens = [], 0
-        request.append(question)
-        tokens += question.num_tokens
+        key = row["model_key"]
+        question = _Question(key, row["prefix_hash"], row["completion_hashes"], group)
+        if tokens[key] and tokens[key] + question.num_tokens > request_tokens:
+            yield _sorted(request)
+            request, tokens = {}, Counter()
+        request.setdefault(key, []).append(question)
+        tokens[key] += question.num_tokens
     if request:
-        yield request
+        yield _sorted(request)
+
+
+def _sorted(request: dict[str, list[_Question]]) -> dict[str, list[_Question]]:
+    return {
+        key: sorted(questions, key=lambda question: question.group.prefix_ids)
+        for key, questions in request.items()
+    }
 
 
 def _rows(

@@ -75,6 +75,9 @@ class EngineSpec:
         max_length: tokens of prefix and completion together that the engine must take.
         batch_tokens: token rows per forward at most.
         extra: further engine arguments, as JSON text of an object.
+        memory_fraction: share of each device's memory that the engine may take, in (0, 1]; None
+            leaves it to the engine.
+        tensor_parallel: devices over which the weights are split.
     """
 
     name: str
@@ -87,10 +90,12 @@ class EngineSpec:
     max_length: int = 2048
     batch_tokens: int = 4096
     extra: str = "{}"
+    memory_fraction: float | None = None
+    tensor_parallel: int = 1
 
 
 class LogprobEngine(Protocol):
-    """A loaded model that scores and samples.
+    """A loaded model that scores and samples; one thread at a time asks it.
 
     Same inputs, same outputs, in order, whatever the grouping or batch.
     """
@@ -98,6 +103,8 @@ class LogprobEngine(Protocol):
     spec: EngineSpec
     engine_version: str
     """For example `transformers 5.19.0 / torch 2.13.0`."""
+    is_concurrent: bool
+    """Whether it works while another engine of its process does: it computes in child processes."""
 
     def score(self, groups: Sequence[ScoringGroup]) -> list[list[TokenLogprobs]]:
         """Give the log-prob of every completion token given prefix and earlier tokens.
@@ -108,6 +115,9 @@ class LogprobEngine(Protocol):
 
         Returns:
             One list per group, one float32 array per completion, in the given order.
+
+        Raises:
+            EngineDied: a process of the engine's own ended; this engine can only be closed.
         """
         ...
 

@@ -5,15 +5,16 @@
         outcomes = client.score(strong.name, groups)
 
 The first client on a device starts the host (`cdr.engines.host`), later ones connect to it. When
-the host dies, the client starts it again and narrows the request down to the completions that
-kill it: those fail, the others are scored. One client serves one thread.
+the host dies, or an engine in it, the client has it started again and narrows the request down to
+the completions that kill it: those fail, the others are scored. One client serves one thread.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 from types import TracebackType
 from typing import Self
 
@@ -45,12 +46,23 @@ class HostStatus:
 def connect(device: Device, options: HostOptions | None = None) -> EngineClient:
     """Give a client of the device's host, which is started when there is none.
 
+    This executor's hosts on some of the device's addresses, but not just these, are ended first:
+    whoever has the device now has it alone.
+
     Raises:
         EngineError: the host cannot be started.
     """
-    client = EngineClient(device, options or HostOptions())
+    options = options or HostOptions()
+    for rival in HostPlace(device, options).rivals():
+        with EngineClient(rival, options) as leaving:
+            leaving.shutdown()
+    client = EngineClient(device, options)
     client.status()
     return client
+
+
+_Question = tuple[str, Group]
+"""A group and the name of the engine that is asked about it."""
 
 
 class _HostDied(Exception):  # noqa: N818 - an event the client handles, not an error it reports
@@ -115,25 +127,30 @@ class EngineClient:
             EngineError: the engine is not declared or does not load, or the host dies whatever
                 it is asked.
         """
-        head = self._head("score", engine)
+        return self.score_all({engine: groups})[engine]
 
-        def ask(part: Sequence[ScoringGroup]) -> list[list[Outcome[TokenLogprobs]]] | None:
-            reply = self._ask(head, wire.encode_groups(part))
-            return reply and wire.decode_scores(reply, part)
+    def score_all(
+        self, groups: Mapping[str, Sequence[ScoringGroup]]
+    ) -> dict[str, list[list[Outcome[TokenLogprobs]]]]:
+        """Score with several engines in one request; those that can work at the same time.
 
-        return self._survive(ask, groups) if groups else []
+        Args:
+            groups: what to score, by the name of the engine; see `score`.
+
+        Returns:
+            What `score` gives, by the name of the engine.
+
+        Raises:
+            EngineError: as for `score`.
+        """
+        return self._answers("score", groups, wire.encode_groups, wire.decode_scores)
 
     def generate(
         self, engine: str, requests: Sequence[SamplingRequest]
     ) -> list[list[Outcome[Sample]]]:
         """Sample completions; one outcome per seed, with errors as for `score`."""
-        head = self._head("generate", engine)
-
-        def ask(part: Sequence[SamplingRequest]) -> list[list[Outcome[Sample]]] | None:
-            reply = self._ask(head, wire.encode_requests(part))
-            return reply and wire.decode_samples(reply, part)
-
-        return self._survive(ask, requests) if requests else []
+        asked = {engine: requests}
+        return self._answers("generate", asked, wire.encode_requests, wire.decode_samples)[engine]
 
     def status(self) -> HostStatus:
         """Ask which engines are loaded; answered at once, also while others load or run."""
@@ -157,11 +174,39 @@ class EngineClient:
             self._connection.close()
             self._connection = None
 
-    def _head(self, op: str, engine: str | None = None) -> Head:
+    def _head(self, op: str) -> Head:
         # Every request carries the set it needs, so a new host needs no introduction.
-        if engine is not None and engine not in {spec.name for spec in self._specs}:
-            raise EngineError(f"engine {engine} is not declared", fix="call set_engines first")
-        return {"op": op, "engine": engine, "engines": [asdict(spec) for spec in self._specs]}
+        return {"op": op, "engines": [asdict(spec) for spec in self._specs]}
+
+    def _answers(
+        self,
+        op: str,
+        asked: Mapping[str, Sequence[Group]],
+        encode: Callable[[Sequence[Group]], Payload],
+        decode: Callable[[Payload, Sequence[Group]], list[list[Outcome[Value]]]],
+    ) -> dict[str, list[list[Outcome[Value]]]]:
+        """Ask engines, by name; see `score_all`."""
+        if unknown := set(asked) - {spec.name for spec in self._specs}:
+            names = ", ".join(sorted(unknown))
+            raise EngineError(f"engine {names} is not declared", fix="call set_engines first")
+
+        def ask(part: Sequence[_Question[Group]]) -> list[list[Outcome[Value]] | None]:
+            counts = [[name, len(list(run))] for name, run in groupby(engine for engine, _ in part)]
+            groups = [group for _, group in part]
+            reply = self._ask({**self._head(op), "asked": counts}, encode(groups))
+            if reply is None:
+                return [None] * len(part)
+            died = reply[0]["died"]
+            self._deaths_in_a_row = self._deaths_in_a_row + 1 if died else 0
+            outcomes = decode(reply, groups)
+            return [
+                None if engine in died else found
+                for (engine, _), found in zip(part, outcomes, strict=True)
+            ]
+
+        questions = [(engine, group) for engine, groups in asked.items() for group in groups]
+        answers = iter(self._survive(ask, questions) if questions else [])
+        return {engine: list(islice(answers, len(groups))) for engine, groups in asked.items()}
 
     def _ask_status(self, head: Head, doing: str, timeout_s: float | None = None) -> HostStatus:
         reply = self._ask(head, timeout_s=timeout_s)
@@ -172,31 +217,33 @@ class EngineClient:
 
     def _survive(
         self,
-        ask: Callable[[Sequence[Group]], list[list[Outcome[Value]]] | None],
-        groups: Sequence[Group],
+        ask: Callable[[Sequence[_Question[Group]]], list[list[Outcome[Value]] | None]],
+        questions: Sequence[_Question[Group]],
         deaths: int = 0,
     ) -> list[list[Outcome[Value]]]:
-        """Ask; when that kills the host, ask group by group, then completion by completion.
+        """Ask; what that kills is asked group by group, then completion by completion.
 
         Args:
-            ask: gives None when the host died of the question.
-            groups: at least one.
-            deaths: how often the host has died with these groups in flight.
+            ask: gives None for the questions whose host or engine died.
+            questions: at least one.
+            deaths: how often these questions were in flight at a death.
         """
-        outcomes = ask(groups)
-        if outcomes is not None:
-            self._deaths_in_a_row = 0
-            return outcomes
+        answers = ask(questions)
+        if len(questions) > 1:
+            return [
+                self._survive(ask, [question], deaths + 1)[0] if found is None else found
+                for question, found in zip(questions, answers, strict=True)
+            ]
+        ((engine, group),), (found,) = questions, answers
+        if found is not None:
+            return [found]
         deaths += 1
-        if len(groups) > 1:
-            return [self._survive(ask, [group], deaths)[0] for group in groups]
-        (group,) = groups
         size = wire.num_items(group)
         if size > 1:
-            items = [wire.part(group, i, i + 1) for i in range(size)]
+            items = [(engine, wire.part(group, i, i + 1)) for i in range(size)]
             return [[self._survive(ask, [item], deaths)[0][0] for item in items]]
         if deaths == 1:
-            return self._survive(ask, groups, deaths)
+            return self._survive(ask, questions, deaths)
         return [[Outcome(None, FailReason.ENGINE_DIED_TWICE)]]
 
     def _ask(
@@ -211,7 +258,7 @@ class EngineClient:
                 reply = self._exchange(head, payload, timeout_s)
             except _HostDied as death:
                 self._deaths_in_a_row += 1
-                if head.get("engine"):
+                if "asked" in head:
                     # Loading first and by itself: if that is what kills the host, this says so.
                     self.set_engines(self._specs)
                 if death.was_running:
@@ -221,7 +268,7 @@ class EngineClient:
                     raise self._failure(reply[0]["error"])
                 return reply
         what = f"died {self._deaths_in_a_row} times in a row"
-        raise self._failure(f"the engine host on {self._device} {what}")
+        raise self._failure(f"the engine host on {self._device}, or an engine in it, {what}")
 
     def _exchange(self, head: Head, payload: Payload | None, timeout_s: float | None) -> Payload:
         is_running = False

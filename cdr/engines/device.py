@@ -1,12 +1,10 @@
 """Which device a task may use: Spark's addresses, else a claimed CUDA device, else the CPU.
 
 Spark hands GPU addresses to tasks, not to Python workers, and sets no CUDA_VISIBLE_DEVICES. Where
-it hands out none (single node, no GPU scheduling), tasks share the machine's devices by file locks.
-Nothing here imports torch: a worker that did would hold a CUDA context of its own.
-
-Known limit: the locks are held by tasks, not by engine hosts. Several executors on one node
-without GPU scheduling may each end up with a host on the same device; set
-`spark.executor.resource.gpu.amount` there.
+it hands out none (single node, no GPU scheduling), tasks share the machine's devices by file locks,
+and a device belongs to the executor that took it first for as long as that executor lives: its
+models stay on the device between tasks. Nothing here imports torch: a worker that did would hold a
+CUDA context of its own.
 """
 
 from __future__ import annotations
@@ -14,19 +12,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from cdr.engines.owner import Owner
 from cdr.errors import SetupError
 
 _CLAIM_POLL_S = 0.25
+_FOREIGN_GRACE_S = 10.0  # an executor that is being replaced may need this long to end
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Device:
 
     def __str__(self) -> str:
         return ":".join([self.kind, ",".join(self.ids)] if self.ids else [self.kind])
+
+    def overlaps(self, other: Device) -> bool:
+        """Tell whether two devices share an address, without being the same device."""
+        shared = set(self.ids) & set(other.ids)
+        return self.kind == other.kind and self != other and bool(shared)
 
 
 def task_gpu_addresses() -> tuple[str, ...]:
@@ -67,31 +73,53 @@ def visible_cuda_devices(
 
 @contextlib.contextmanager
 def claim_device(
-    addresses: Sequence[str], visible: Sequence[str], lock_folder: Path | None = None
+    addresses: Sequence[str],
+    visible: Sequence[str],
+    owner: Owner,
+    *,
+    num_gpus: int = 1,
+    lock_folder: Path | None = None,
 ) -> Iterator[Device]:
     """Hold a device for the life of a task.
 
     Args:
         addresses: what Spark gave this task (`task_gpu_addresses`); all of them are one device.
-        visible: the machine's CUDA devices (`visible_cuda_devices`), claimed one per task where
-            Spark gave nothing; waits until one is free.
+        visible: the machine's CUDA devices (`visible_cuda_devices`), claimed by tasks where Spark
+            gave nothing; waits until enough of them are free.
+        owner: this task's executor.
+        num_gpus: GPUs that the task needs, more than one for tensor parallelism.
         lock_folder: where the locks are; None for one folder per user and machine, shared by all
             executors.
 
     Yields:
         The device; the CPU, shared by all tasks, where there is nothing else.
+
+    Raises:
+        SetupError: fewer GPUs than needed are here, or other executors hold them.
     """
     if addresses:
+        if len(set(addresses)) < num_gpus:
+            raise SetupError(
+                f"tensor_parallel needs {num_gpus} GPUs, but Spark gave this task "
+                f"{len(set(addresses))}: {', '.join(sorted(set(addresses)))}",
+                fix=f"set spark.task.resource.gpu.amount={num_gpus} (executors need as many: "
+                "spark.executor.resource.gpu.amount), or a smaller tensor_parallel of the model",
+            )
         yield Device("cuda", tuple(sorted(set(addresses))))
     elif visible:
+        if len(visible) < num_gpus:
+            raise SetupError(
+                f"tensor_parallel needs {num_gpus} GPUs, but this machine has {len(visible)}: "
+                f"{', '.join(visible)}",
+                fix="set a smaller tensor_parallel of the model, or use larger machines",
+            )
         folder = lock_folder or Path(tempfile.gettempdir()) / f"cdr-{os.geteuid()}-devices"
         make_private_folder(folder)
         with contextlib.ExitStack() as claim:
-            # One waiter at a time looks for a free device, the others sleep at the gate.
+            # One waiter at a time looks for free devices, the others sleep at the gate.
             with _lock(folder / "gate"):
-                while (claimed := _claim_free(claim, folder, visible)) is None:
-                    time.sleep(_CLAIM_POLL_S)
-            yield Device("cuda", (claimed,))
+                claimed = _claim_when_free(claim, folder, visible, owner, num_gpus)
+            yield Device("cuda", tuple(sorted(claimed)))
     else:
         yield Device("cpu")
 
@@ -113,14 +141,56 @@ def make_private_folder(folder: Path) -> None:
         )
 
 
-def _claim_free(claim: contextlib.ExitStack, folder: Path, visible: Sequence[str]) -> str | None:
-    for address in visible:
-        # Addresses may be UUIDs or MIG names: hashed, they are file names of one length.
-        name = hashlib.sha256(address.encode()).hexdigest()[:16]
-        with contextlib.suppress(BlockingIOError):
-            claim.enter_context(_lock(folder / name, fcntl.LOCK_NB))
-            return address
-    return None
+def _claim_when_free(
+    claim: contextlib.ExitStack,
+    folder: Path,
+    visible: Sequence[str],
+    owner: Owner,
+    num_gpus: int,
+) -> list[str]:
+    """Wait for devices, and lock them until `claim` ends; see `claim_device`."""
+    refuse_at = time.monotonic() + _FOREIGN_GRACE_S
+    while True:
+        holders = {address: _holder(folder, address) for address in visible}
+        # Those of this executor first: its models are there.
+        ours = [address for address in visible if holders[address] == owner]
+        ours += [address for address in visible if holders[address] is None]
+        if len(ours) >= num_gpus:
+            refuse_at = time.monotonic() + _FOREIGN_GRACE_S
+            with contextlib.ExitStack() as attempt:
+                claimed = []
+                for address in ours:
+                    with contextlib.suppress(BlockingIOError):
+                        attempt.enter_context(_lock(_file(folder, address), fcntl.LOCK_NB))
+                        claimed.append(address)
+                    if len(claimed) == num_gpus:
+                        for taken in claimed:
+                            _file(folder, taken, ".owner").write_text(json.dumps(asdict(owner)))
+                        claim.push(attempt.pop_all())
+                        return claimed
+        elif time.monotonic() > refuse_at:
+            others = sorted({f"pid {holder.pid}" for holder in holders.values() if holder})
+            raise SetupError(
+                f"all of this machine's GPUs ({', '.join(visible)}) belong to other executors or "
+                f"applications: {', '.join(others)}",
+                fix="let Spark give GPUs out (spark.executor.resource.gpu.amount and "
+                "spark.task.resource.gpu.amount), or run one executor per machine",
+            )
+        time.sleep(_CLAIM_POLL_S)
+
+
+def _holder(folder: Path, address: str) -> Owner | None:
+    """Give the living executor that a device belongs to."""
+    try:
+        holder = Owner(**json.loads(_file(folder, address, ".owner").read_text()))
+    except (FileNotFoundError, ValueError):
+        return None
+    return holder if holder.is_alive() else None
+
+
+def _file(folder: Path, address: str, suffix: str = "") -> Path:
+    # Addresses may be UUIDs or MIG names: hashed, they are file names of one length.
+    return folder / (hashlib.sha256(address.encode()).hexdigest()[:16] + suffix)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the hardware of this machine can do: which dtype is fast, and how fast it is.
+"""What the hardware of this machine can do: which dtype is fast, how fast, how much memory.
 
 `resolve_dtype` reads /proc and imports torch only where a GPU may be, because it also runs on a
 Spark driver that will never load a model.
@@ -7,10 +7,13 @@ Spark driver that will never load a model.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
-from cdr.errors import ConfigError
+import psutil
+
+from cdr.errors import ConfigError, SetupError
 
 DTYPES = ("float32", "bfloat16")
 
@@ -48,6 +51,25 @@ def count_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def device_memory_bytes() -> int:
+    """Give the memory of this machine's smallest NVIDIA GPU, or the machine's where there is none.
+
+    Raises:
+        SetupError: there is a GPU, but the driver's nvidia-smi does not tell its memory.
+    """
+    if not any(Path(node).exists() for node in _NVIDIA_NODES):
+        return int(psutil.virtual_memory().total)
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return min(int(line) for line in answer.stdout.split()) << 20
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise SetupError(
+            f"nvidia-smi does not tell the GPUs' memory: {error}",
+            fix="set run.device_memory_gib, or run.placement to colocated or sequential",
+        ) from None
 
 
 def matmul_flops(dtype: str, size: int = 2048, budget_s: float = 1.0) -> float:

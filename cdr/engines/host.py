@@ -7,7 +7,8 @@ Spark's Python workers because a worker is reaped when idle and changes its GPU 
 
 Requests are served one after the other, in the order of their arrival, and each carries the whole
 set of engines it needs: two stages that want different sets take turns and cannot pull an engine
-away from under each other. The log never holds token ids or text.
+away from under each other. One request may ask several engines; those whose compute runs in child
+processes then work at the same time. The log never holds token ids or text.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,13 +46,38 @@ from cdr.engines.base import (
     TokenLogprobs,
     make_engine,
 )
-from cdr.engines.launch import SOCKET, Owner
+from cdr.engines.launch import SOCKET
+from cdr.engines.owner import Owner
+from cdr.engines.supervisor import become_subreaper
 from cdr.engines.wire import Group, Head, Outcome, Payload, Value
-from cdr.errors import FailReason
+from cdr.errors import EngineDied, FailReason
 
 _WATCH_S = 1.0
+_CHILDREN_GRACE_S = 10.0
 
 _log = logging.getLogger("cdr.engines.host")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An engine, the seconds it took to load, and the processes that it started for itself."""
+
+    engine: LogprobEngine
+    load_s: float
+    children: tuple[psutil.Process, ...]
+
+    def close(self) -> None:
+        """Close the engine and wait until its memory is back, its processes' included."""
+        try:
+            self.engine.close()
+        except Exception:  # of a dead engine; what counts is that its processes end
+            _log.exception("closing %s", self.engine.spec.name)
+        _, alive = psutil.wait_procs(self.children, timeout=_CHILDREN_GRACE_S)
+        for process in alive:
+            _log.warning("killing process %d, which %s left", process.pid, self.engine.spec.name)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=_CHILDREN_GRACE_S)
 
 
 class EngineHost:
@@ -67,10 +95,11 @@ class EngineHost:
     ) -> None:
         self._folder, self._owner = folder, owner
         self._idle_timeout_s, self._num_threads = idle_timeout_s, num_threads
-        self._engines: dict[str, LogprobEngine] = {}
-        self._load_s: dict[str, float] = {}
-        # One worker: turns are first come, first served, and models see a single thread.
+        self._loaded: dict[str, _Loaded] = {}
+        # One worker: turns are first come, first served. Loading and all engines but concurrent
+        # ones that are asked together see this single thread.
         self._turns = ThreadPoolExecutor(1, "turn")
+        self._beside = ThreadPoolExecutor(thread_name_prefix="engine")
         self._activity = threading.Lock()
         self._open_requests = 0
         self._last_request = time.monotonic()
@@ -153,13 +182,13 @@ class EngineHost:
                     self._hold(head["engines"])
                     return self._status(), None
                 case "score":
-                    engine = self._begin(connection, head)
-                    scores = answer(partial(score, engine), wire.decode_groups(payload))
-                    return {}, wire.encode_scores(scores)
+                    self._begin(connection, head)
+                    scores, died = self._answer_all(score, head, wire.decode_groups(payload))
+                    return {"died": died}, wire.encode_scores(scores)
                 case "generate":
-                    engine = self._begin(connection, head)
-                    samples = answer(partial(generate, engine), wire.decode_requests(payload))
-                    return {}, wire.encode_samples(samples)
+                    self._begin(connection, head)
+                    samples, died = self._answer_all(generate, head, wire.decode_requests(payload))
+                    return {"died": died}, wire.encode_samples(samples)
                 case op:
                     raise ValueError(f"no such request: {op}")
         except ConnectionError:
@@ -167,43 +196,93 @@ class EngineHost:
         except Exception as error:
             return {"error": str(error)}, None
 
-    def _begin(self, connection: socket.socket, head: Head) -> LogprobEngine:
+    def _begin(self, connection: socket.socket, head: Head) -> None:
         # Engines first: a host that dies while it loads must not be held against the rows.
         self._hold(head["engines"])
         wire.send(connection, {"running": True})
-        return self._engines[head["engine"]]
+
+    def _answer_all(
+        self,
+        ask: Callable[[LogprobEngine, list[Group]], list[list[Outcome[Value]]]],
+        head: Head,
+        groups: Sequence[Group],
+    ) -> tuple[list[list[Outcome[Value]]], list[str]]:
+        """Ask each engine of a request its share of the groups, side by side where they can.
+
+        Args:
+            ask: `score` or `generate`.
+            head: `asked` says whom: [engine, number of groups], in the order of the groups.
+            groups: of all engines, each with at least one item.
+
+        Returns:
+            One list per group, one outcome per item, and the engines that died: the outcomes of
+            theirs mean nothing, and whoever needs them next loads them again.
+        """
+        names = [name for name, _ in head["asked"]]
+        engines = [self._loaded[name].engine for name in names]
+        left = iter(groups)
+        parts = [list(islice(left, size)) for _, size in head["asked"]]
+        answer_one = partial(self._answer_or_bury, ask)
+        if len(engines) > 1 and all(engine.is_concurrent for engine in engines):
+            answers = list(self._beside.map(answer_one, engines, parts))
+        else:
+            answers = list(map(answer_one, engines, parts))
+        died = [name for name, part in zip(names, answers, strict=True) if part is None]
+        nothing = Outcome[Value](None, FailReason.ENGINE_DIED_TWICE)
+        outcomes = [
+            outcome
+            for part, groups_of_one in zip(answers, parts, strict=True)
+            for outcome in part or [[nothing] * wire.num_items(group) for group in groups_of_one]
+        ]
+        return outcomes, died
+
+    def _answer_or_bury(
+        self,
+        ask: Callable[[LogprobEngine, list[Group]], list[list[Outcome[Value]]]],
+        engine: LogprobEngine,
+        groups: list[Group],
+    ) -> list[list[Outcome[Value]]] | None:
+        """Ask one engine; None, and the engine closed, when it dies of it."""
+        try:
+            return answer(partial(ask, engine), groups)
+        except EngineDied as death:
+            _log.error("%s died in a request: %s", engine.spec.name, death.what)
+            self._loaded.pop(engine.spec.name).close()
+            return None
 
     def _hold(self, specs: Sequence[dict[str, Any]]) -> None:
         """Make the loaded engines exactly these, all closing before the first loading."""
         wanted = {spec["name"]: EngineSpec(**spec) for spec in specs}
-        unwanted = [name for name, e in self._engines.items() if e.spec != wanted.get(name)]
+        unwanted = [n for n, held in self._loaded.items() if held.engine.spec != wanted.get(n)]
         for name in unwanted:
-            self._engines.pop(name).close()
+            self._loaded.pop(name).close()
             _log.info("closed %s", name)
         if unwanted:
             gc.collect()
         for name, spec in wanted.items():
-            if name not in self._engines:
+            if name not in self._loaded:
                 self._load(spec)
 
     def _load(self, spec: EngineSpec) -> None:
         _log.info("loading %s with %s from %s", spec.name, spec.engine, spec.path)
-        begin = time.monotonic()
+        begin, before = time.monotonic(), set(_descendants())
         try:
             engine = make_engine(spec, self._num_threads)
         except Exception as error:
             _log.exception("cannot load %s", spec.name)
+            _kill(set(_descendants()) - before)  # half an engine
             raise RuntimeError(
                 f"cannot load model {spec.name} from {spec.path}: {type(error).__name__}: {error}"
             ) from error
-        self._load_s[spec.name] = time.monotonic() - begin
-        self._engines[spec.name] = engine
-        _log.info("loaded %s in %.1f s", spec.name, self._load_s[spec.name])
+        load_s = time.monotonic() - begin
+        children = tuple(child for child in set(_descendants()) - before if not _is_shared(child))
+        self._loaded[spec.name] = _Loaded(engine, load_s, children)
+        _log.info("loaded %s in %.1f s", spec.name, load_s)
 
     def _status(self) -> Head:
         engines = [
-            {"name": name, "engine_version": e.engine_version, "load_s": self._load_s[name]}
-            for name, e in list(self._engines.items())
+            {"name": name, "engine_version": held.engine.engine_version, "load_s": held.load_s}
+            for name, held in list(self._loaded.items())
         ]
         return {"pid": os.getpid(), "engines": engines}
 
@@ -257,9 +336,14 @@ def answer(
 
     Returns:
         One list per group, one outcome per item, in order.
+
+    Raises:
+        EngineDied: nothing can be asked of the engine any more.
     """
     try:
         return ask(groups)
+    except EngineDied:
+        raise
     except Exception as error:
         # An engine's message may quote its input, so only what it is and where it comes from.
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -281,16 +365,32 @@ def answer(
 
 def kill_session() -> NoReturn:
     """End this process and all its descendants, without cleaning up."""
-    for child in psutil.Process().children(recursive=True):  # those in groups of their own too
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    _kill(_descendants())
+    os.kill(os.getpid(), signal.SIGKILL)  # what is left meets `cdr.engines.supervisor`
     raise AssertionError("unreachable: the signal above ends this process")
 
 
+def _descendants() -> list[psutil.Process]:
+    # Also those in sessions of their own, and orphans: this process is their reaper.
+    return psutil.Process().children(recursive=True)
+
+
+def _is_shared(process: psutil.Process) -> bool:
+    """Tell multiprocessing's own helper, one for all engines, from an engine's processes."""
+    try:
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def _has_broken_process(error: Exception) -> bool:
-    # After a CUDA error every further call fails, innocent or not; vLLM's dead core likewise.
-    return "CUDA error" in str(error) or type(error).__name__ == "EngineDeadError"
+    return "CUDA error" in str(error)  # after one, every further call fails, innocent or not
 
 
 def _is_gone(connection: socket.socket) -> bool:
@@ -327,8 +427,7 @@ def main() -> NoReturn:
     args = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    with contextlib.suppress(PermissionError):
-        os.setsid()  # refused when this process leads a group, which is what kill_session needs
+    become_subreaper()
     lift_address_space_limit()
     host = EngineHost(
         args.folder,

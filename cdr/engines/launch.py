@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import select
 import shutil
@@ -21,13 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from cdr.engines.device import Device, make_private_folder
 from cdr.engines.hardware import count_cores
+from cdr.engines.owner import Owner, find_owner
 from cdr.errors import EngineError
 
-SOCKET, LOCK, LOG = "host.sock", "start.lock", "host.log"
+SOCKET, LOCK, LOG, DEVICE = "host.sock", "start.lock", "host.log", "device.json"
 """What is in a host's folder."""
 
 _MAX_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
@@ -35,42 +35,6 @@ _LOG_TAIL_LINES = 20
 
 # Kept so that hosts that die while this process lives are reaped (at the next start).
 _started: list[subprocess.Popen[bytes]] = []
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The process a host belongs to: it ends when its owner is gone.
-
-    Args:
-        pid: process id.
-        start: when it started, in the system's own unit; tells a reused pid apart.
-    """
-
-    pid: int
-    start: int
-
-    @classmethod
-    def of(cls, pid: int) -> Owner:
-        """Describe a living process."""
-        return cls(pid, _start_time(pid))
-
-    def is_alive(self) -> bool:
-        """Tell whether the process still runs; a zombie does not."""
-        try:
-            is_same = _start_time(self.pid) == self.start
-            return is_same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-
-def _start_time(pid: int) -> int:
-    # Ticks since boot where /proc has them: unlike psutil's time of day, all processes read the
-    # same number, also after the clock was set.
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[19])
-    except OSError:
-        return int(psutil.Process(pid).create_time())
 
 
 @dataclass(frozen=True)
@@ -93,15 +57,6 @@ class HostOptions:
     start_timeout_s: float = 300.0
     load_timeout_s: float = 3600.0
     max_deaths_in_a_row: int = 8
-
-
-def find_owner() -> Owner:
-    """Give the executor this process works for (worker → daemon → JVM), else this process."""
-    for parent in psutil.Process().parents():
-        with contextlib.suppress(psutil.Error):
-            if parent.name() == "java":
-                return Owner.of(parent.pid)
-    return Owner.of(os.getpid())
 
 
 class HostPlace:
@@ -149,6 +104,20 @@ class HostPlace:
                     return self.open()  # another client started it while this one waited
                 if os.path.samestat(os.fstat(lock_fd), os.stat(self._folder / LOCK)):
                     self._start(lock_fd)
+
+    def rivals(self) -> list[Device]:
+        """Give the devices of this owner's other hosts that share an address with this one.
+
+        Spark pairs addresses anew for each task that wants several, and gives one of a pair to
+        the next stage's task: a host that holds them still has its models there.
+        """
+        found = []
+        prefix, _, _ = self._folder.name.rpartition("-")
+        for file in self._folder.parent.glob(f"{prefix}-*/{DEVICE}"):
+            with contextlib.suppress(FileNotFoundError, ValueError):  # it just ends, or starts
+                kind, ids = json.loads(file.read_text())
+                found.append(Device(kind, tuple(ids)))
+        return [device for device in found if device.overlaps(self._device)]
 
     def clear(self) -> None:
         """Remove the folder of a host that was killed; does nothing where one runs."""
@@ -210,10 +179,12 @@ class HostPlace:
             "--ready-fd": ready_fd,
             "--lock-fd": lock_fd,
         }
+        device = json.dumps([self._device.kind, self._device.ids])
+        (self._folder / DEVICE).write_text(device)
         with (self._folder / LOG).open("ab") as log:
             return subprocess.Popen(
                 # -P: the working folder is on the import path only if it is on the worker's.
-                [sys.executable, "-P", "-X", "faulthandler", "-m", "cdr.engines.host"]
+                [sys.executable, "-P", "-X", "faulthandler", "-m", "cdr.engines.supervisor"]
                 + [str(word) for pair in arguments.items() for word in pair],
                 env=host_environment(self._device, num_threads, os.environ, sys.path),
                 stdin=subprocess.DEVNULL,

@@ -7,6 +7,9 @@ slow engines, bad numbers and dying processes:
     delay_s_per_token   seconds to sleep per completion token scored
     nan_token           token id whose log-prob is NaN
     kill_token          token id that kills this process (SIGKILL) when a completion holds it
+    is_concurrent       true: may be asked beside other engines of its process
+    has_child           true: depends on a child process in a session of its own, as vLLM does
+    kill_child_token    token id that kills that child (SIGKILL) when a completion holds it
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -22,9 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cdr.engines.base import EngineSpec, Sample, SamplingRequest, ScoringGroup, TokenLogprobs
-from cdr.errors import ModelError
+from cdr.errors import EngineDied, ModelError
 
-_KNOBS = {"delay_s_per_token", "nan_token", "kill_token"}
+_KNOBS = {
+    *("delay_s_per_token", "nan_token", "kill_token"),
+    *("is_concurrent", "has_child", "kill_child_token"),
+}
 _MAX_TOKEN_ID = 255  # sampled ids stay small, so that any vocabulary can decode them
 _MULTIPLIER = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio, odd: multiplication permutes 64-bit words
 
@@ -53,6 +60,11 @@ class StubEngine:
         self._delay_s_per_token = float(knobs.get("delay_s_per_token", 0.0))
         self._nan_token: int | None = knobs.get("nan_token")
         self._kill_token: int | None = knobs.get("kill_token")
+        self._kill_child_token: int | None = knobs.get("kill_child_token")
+        self.is_concurrent = bool(knobs.get("is_concurrent", False))
+        self._child: subprocess.Popen[bytes] | None = None
+        if knobs.get("has_child") or self._kill_child_token is not None:
+            self._child = subprocess.Popen(["sleep", "86400"], start_new_session=True)
 
     def score(self, groups: Sequence[ScoringGroup]) -> list[list[TokenLogprobs]]:
         """Give log-probs in (−8, 0) nats; see `LogprobEngine.score`."""
@@ -67,11 +79,20 @@ class StubEngine:
         return [[self._sample(request, seed) for seed in request.seeds] for request in requests]
 
     def close(self) -> None:
-        """Do nothing: there is no memory to give back."""
+        """End the child; there is no memory to give back."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
 
     def _score(self, seed: int, completion_ids: tuple[int, ...]) -> TokenLogprobs:
         if self._kill_token in completion_ids:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._child is not None:
+            if self._kill_child_token in completion_ids:
+                self._child.kill()
+                self._child.wait()
+            if self._child.poll() is not None:
+                raise EngineDied(f"the stub's child ended with {self._child.returncode}")
         if self._delay_s_per_token:
             time.sleep(self._delay_s_per_token * len(completion_ids))
         ids = np.asarray(completion_ids, np.int64)

@@ -72,6 +72,8 @@ class TransformersEngine:
             engine would give wrong numbers for.
     """
 
+    is_concurrent = False
+
     def __init__(self, spec: EngineSpec, num_threads: int | None = None) -> None:
         torch.set_num_threads(num_threads or count_cores())
         self.spec = spec

@@ -25,7 +25,8 @@ from cdr.engines import host, wire
 from cdr.engines.base import EngineSpec, Sample, SamplingRequest, ScoringGroup
 from cdr.engines.client import EngineClient, connect
 from cdr.engines.device import Device, claim_device, make_private_folder, visible_cuda_devices
-from cdr.engines.launch import HostOptions, HostPlace, Owner, host_environment, host_folder
+from cdr.engines.launch import HostOptions, HostPlace, host_environment, host_folder
+from cdr.engines.owner import Owner
 from cdr.engines.stub import StubEngine
 from cdr.engines.wire import Outcome
 from cdr.errors import EngineError, FailReason, SetupError
@@ -35,6 +36,8 @@ pytestmark = pytest.mark.timeout(120)
 NAN, KILL = 987_650_001, 987_650_002
 PLAIN = EngineSpec("plain", "stub", "")
 KNOBS = EngineSpec("knobs", "stub", "", extra=json.dumps({"nan_token": NAN, "kill_token": KILL}))
+KILL_CHILD = 987_650_003
+PARENT = EngineSpec("parent", "stub", "", extra=json.dumps({"kill_child_token": KILL_CHILD}))
 SLOW = EngineSpec("slow", "stub", "", extra='{"delay_s_per_token": 0.1}')
 
 GROUPS = [
@@ -169,6 +172,118 @@ def test_a_lone_completion_gets_its_second_chance(client: EngineClient) -> None:
     assert len(pids) == 2
 
 
+def children(pid: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(pid).children(recursive=True) if p.name() == "sleep"]
+
+
+def test_a_completion_that_kills_an_engine_twice_fails_and_the_host_and_its_other_engine_live_on(
+    client: EngineClient,
+) -> None:
+    """As when vLLM's core dies: the host is well, and loads that engine again."""
+    before = client.set_engines([PLAIN, PARENT])
+    (child,) = children(before.pid)
+    bad = [GROUPS[0], ScoringGroup((1, 2), ((5, 5), (5, KILL_CHILD), (6,))), GROUPS[2]]
+    harmless = [GROUPS[0], ScoringGroup((1, 2), ((5, 5), (6,))), GROUPS[2]]
+    found = client.score_all({"plain": GROUPS, "parent": bad})
+    assert values(found["plain"]) == expected(PLAIN, GROUPS)
+    want = expected(EngineSpec("parent", "stub", ""), harmless)
+    assert values(found["parent"]) == [
+        want[0], [want[1][0], FailReason.ENGINE_DIED_TWICE, want[1][1]], want[2]
+    ]  # fmt: skip
+    after = client.status()
+    assert after.pid == before.pid
+    assert after.engines[0] == before.engines[0], "the engine beside it was loaded again"
+    (new_child,) = children(before.pid)
+    assert new_child != child
+
+
+def test_an_engine_whose_process_was_killed_from_outside_is_loaded_again(
+    client: EngineClient,
+) -> None:
+    (child,) = children(client.set_engines([PARENT]).pid)
+    child.kill()
+    found = client.score("parent", GROUPS)
+    assert values(found) == expected(EngineSpec("parent", "stub", ""), GROUPS)
+
+
+def test_an_engine_that_dies_whatever_it_is_asked_ends_the_request() -> None:
+    device, limits = Device("cpu", ("tests",)), options(max_deaths_in_a_row=3)
+    groups = [ScoringGroup((i,), ((KILL_CHILD,),)) for i in range(8)]
+    with connect(device, limits) as client:
+        client.set_engines([PARENT])
+        with pytest.raises(EngineError, match="died 3 times in a row; the end of"):
+            client.score("parent", groups)
+
+
+def test_a_closed_engine_leaves_no_child_before_the_next_loads(client: EngineClient) -> None:
+    (child,) = children(client.set_engines([PARENT]).pid)
+    client.set_engines([PLAIN])
+    assert is_gone(child.pid)
+
+
+@pytest.mark.parametrize("end", ["shutdown", "kill", "terminate"])
+def test_nothing_of_a_host_is_left_however_it_ends(end: str) -> None:
+    """A host that is killed has no say; its parent sees to its children in other sessions."""
+    with connect(Device("cpu", ("orphans",)), options()) as client:
+        pid = client.set_engines([PARENT]).pid
+        (child,) = children(pid)
+        supervisor = psutil.Process(pid).ppid()
+        if end == "shutdown":
+            client.shutdown()
+        else:
+            os.kill(pid, signal.SIGKILL if end == "kill" else signal.SIGTERM)
+        for process in (pid, child.pid, supervisor):
+            assert wait_until(lambda process=process: is_gone(process), 5)  # type: ignore[misc]
+        client.shutdown()
+
+
+def beside(name: str) -> EngineSpec:
+    extra = {"delay_s_per_token": 0.1, "is_concurrent": True}
+    return EngineSpec(name, "stub", "", extra=json.dumps(extra))
+
+
+@pytest.mark.parametrize(("second", "is_together"), [(beside("b"), True), (SLOW, False)])
+def test_two_engines_of_one_request_work_at_the_same_time_if_both_can(
+    client: EngineClient, second: EngineSpec, is_together: bool
+) -> None:
+    """Each has 15 tokens of 0.1 s to do: 1.5 s side by side, 3 s one after the other."""
+    groups = [ScoringGroup((1,), ((2,) * 5,)), ScoringGroup((2,), ((2,) * 5, (3,) * 5))]
+    first = beside("a")
+    client.set_engines([first, second])
+    begin = time.monotonic()
+    found = client.score_all({"a": groups, second.name: groups})
+    elapsed_s = time.monotonic() - begin
+    plain = [EngineSpec(spec.name, "stub", "") for spec in (first, second)]
+    assert [values(answers) for answers in found.values()] == [expected(s, groups) for s in plain]
+    assert elapsed_s < 2.9 if is_together else elapsed_s >= 3.0
+
+
+def test_a_completion_that_kills_the_host_is_found_among_those_of_several_engines(
+    client: EngineClient,
+) -> None:
+    client.set_engines([PLAIN, KNOBS])
+    bad = [ScoringGroup((1,), ((KILL,),)), GROUPS[1]]
+    found = client.score_all({"plain": GROUPS, "knobs": bad})
+    assert values(found["plain"]) == expected(PLAIN, GROUPS)
+    want = expected(KNOBS, GROUPS[1:2])
+    assert values(found["knobs"]) == [[FailReason.ENGINE_DIED_TWICE], want[0]]
+
+
+def test_a_host_over_two_gpus_ends_before_one_on_either_of_them_starts() -> None:
+    """As between a router of several GPUs and the scoring models: its memory is needed."""
+    pair, single, other = (Device("cuda", ids) for ids in (("0", "1"), ("1",), ("2",)))
+    with connect(pair, options()) as router, connect(other, options()) as bystander:
+        pid, bystander_pid = router.set_engines([PARENT]).pid, bystander.status().pid
+        (child,) = children(pid)
+        with connect(single, options()) as scorer:
+            assert is_gone(pid)
+            assert wait_until(lambda: is_gone(child.pid), 5)
+            assert scorer.status().pid != pid
+            scorer.shutdown()
+        assert bystander.status().pid == bystander_pid
+        bystander.shutdown()
+
+
 def test_a_host_that_dies_whatever_it_is_asked_ends_the_request() -> None:
     device, limits = Device("cpu", ("tests",)), options(max_deaths_in_a_row=3)
     groups = [ScoringGroup((i,), ((KILL,),)) for i in range(8)]
@@ -279,7 +394,7 @@ def test_two_clients_with_different_sets_take_turns_and_both_are_right() -> None
 def test_a_client_that_leaves_in_the_middle_costs_nothing(client: EngineClient) -> None:
     client.set_engines([SLOW])
     pid = client.status().pid
-    head = {"op": "score", "engine": "slow", "engines": [asdict(SLOW)]}
+    head = {"op": "score", "asked": [["slow", 1]], "engines": [asdict(SLOW)]}
     groups = wire.encode_groups([ScoringGroup((1,), ((2,) * 5,))])  # 0.5 s
     with HostPlace(Device("cpu", ("tests",)), options()).open() as leaving:
         for _ in range(2):  # one runs, one waits
@@ -317,7 +432,8 @@ import os, resource, sys, time
 from cdr.engines.base import EngineSpec
 from cdr.engines.client import connect
 from cdr.engines.device import Device
-from cdr.engines.launch import HostOptions, Owner, host_folder
+from cdr.engines.launch import HostOptions, host_folder
+from cdr.engines.owner import Owner
 _, hard = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (32 << 30, hard))
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -340,7 +456,7 @@ def test_a_host_has_its_own_environment_and_ends_when_its_owner_is_killed() -> N
         limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
         (address_space,) = [line.split() for line in limits if line.startswith("Max address space")]
         assert address_space[3] == address_space[4]
-        assert os.getsid(pid) == pid
+        assert os.getsid(pid) != os.getsid(0)
     finally:
         process.kill()
     # The owner is a zombie until this test reaps it, as a JVM may be under a careless parent.
@@ -450,33 +566,85 @@ def test_a_folder_that_others_can_enter_or_redirect_is_refused(tmp_path: Path) -
             make_private_folder(tmp_path / name)
 
 
+ME = Owner.of(os.getpid())
+
+
 def test_sparks_addresses_are_one_device_whatever_their_order(tmp_path: Path) -> None:
-    with claim_device(["3", "1", "3"], ["0", "1", "2", "3"], tmp_path / "locks") as device:
+    locks = tmp_path / "locks"
+    with claim_device(["3", "1", "3"], ["0", "1", "2", "3"], ME, lock_folder=locks) as device:
         assert device == Device("cuda", ("1", "3"))
-    with claim_device([], [], tmp_path / "locks") as device:
+    with claim_device([], [], ME, lock_folder=locks) as device:
         assert device == Device("cpu")
-    assert not (tmp_path / "locks").exists()  # neither needs a lock
+    assert not locks.exists()  # neither needs a lock
+
+
+def test_more_gpus_than_a_task_has_are_refused_by_the_setting_to_change(tmp_path: Path) -> None:
+    with (
+        pytest.raises(SetupError, match=r"spark\.task\.resource\.gpu\.amount=4"),
+        claim_device(["0", "1"], [], ME, num_gpus=4),
+    ):
+        pass
+    with (
+        pytest.raises(SetupError, match="this machine has 2: 0, 1"),
+        claim_device([], ["0", "1"], ME, num_gpus=4, lock_folder=tmp_path / "locks"),
+    ):
+        pass
+    with claim_device(["0", "1", "2", "3"], [], ME, num_gpus=4) as device:
+        assert device.ids == ("0", "1", "2", "3")
 
 
 def test_tasks_without_addresses_claim_a_device_each_and_the_third_waits_for_one_of_two(
     tmp_path: Path,
 ) -> None:
-    visible = ("0", "GPU-2f/1")
+    visible, locks = ("0", "GPU-2f/1"), tmp_path / "locks"
     third: list[Device] = []
 
     def claim_third() -> None:
-        with claim_device([], visible, tmp_path / "locks") as device:
+        with claim_device([], visible, ME, lock_folder=locks) as device:
             third.append(device)
 
     task = threading.Thread(target=claim_third)
-    with claim_device([], visible, tmp_path / "locks") as first:
-        with claim_device([], visible, tmp_path / "locks") as second:
+    with claim_device([], visible, ME, lock_folder=locks) as first:
+        with claim_device([], visible, ME, lock_folder=locks) as second:
             assert {first.ids, second.ids} == {("0",), ("GPU-2f/1",)}
             task.start()
             time.sleep(0.5)
             assert third == []
         task.join(timeout=5)
         assert third == [second]
+
+
+def test_a_task_of_several_gpus_claims_all_of_them_or_none(tmp_path: Path) -> None:
+    visible, locks = ("0", "1", "2"), tmp_path / "locks"
+    with claim_device([], visible, ME, num_gpus=2, lock_folder=locks) as pair:
+        assert pair.ids == ("0", "1")
+        with claim_device([], visible, ME, lock_folder=locks) as single:
+            assert single.ids == ("2",)
+
+
+def test_a_device_belongs_to_the_executor_that_took_it_first_until_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models stay there between tasks, so a second executor's would not fit beside them."""
+    monkeypatch.setattr("cdr.engines.device._FOREIGN_GRACE_S", 0.2)
+    locks = tmp_path / "locks"
+    with subprocess.Popen(["sleep", "60"]) as executor:
+        theirs = Owner.of(executor.pid)
+        with claim_device([], ["0", "1"], theirs, lock_folder=locks) as device:
+            assert device.ids == ("0",)
+        with claim_device([], ["0", "1"], ME, lock_folder=locks) as device:
+            assert device.ids == ("1",), "the first one still holds their models"
+        with claim_device([], ["0", "1"], theirs, lock_folder=locks) as device:
+            assert device.ids == ("0",)
+        with (
+            pytest.raises(SetupError, match=r"spark\.executor\.resource\.gpu\.amount"),
+            claim_device([], ["0"], ME, lock_folder=locks),
+        ):
+            pass
+        executor.kill()
+        executor.wait()
+        with claim_device([], ["0"], ME, lock_folder=locks) as device:
+            assert device.ids == ("0",)
 
 
 def test_devices_are_counted_without_asking_torch(tmp_path: Path) -> None:

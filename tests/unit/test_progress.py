@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cdr.progress import Counts, Progress, TaskCount
+from cdr.progress import Counts, EngineLoad, Progress, TaskCount, is_one_machine
 
 
 class Clock:
@@ -21,9 +21,13 @@ class Clock:
 class Source:
     def __init__(self) -> None:
         self.counts = Counts()
+        self.loads: frozenset[EngineLoad] = frozenset()
 
     def read(self) -> Counts:
         return self.counts
+
+    def engine_loads(self) -> frozenset[EngineLoad]:
+        return self.loads
 
 
 class Terminal(io.StringIO):
@@ -130,3 +134,24 @@ def test_a_task_on_a_cluster_writes_no_file(
     count.clear()
     assert count.counts == Counts(2, 7)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_load_of_an_engine_is_told_once() -> None:
+    source, clock, stream = Source(), Clock(), io.StringIO()
+    progress = make_progress(source, clock, stream)
+    source.loads = frozenset({EngineLoad("node1", "cuda:0", 12, "strong", 31.24)})
+    progress.refresh()
+    source.loads |= {EngineLoad("node2", "cuda:1", 13, "strong", 30.0)}
+    progress.refresh()
+    assert [line for line in stream.getvalue().splitlines() if line.startswith("loaded")] == [
+        "loaded strong in 31.2 s on node1 cuda:0 (engine host 12)",
+        "loaded strong in 30.0 s on node2 cuda:1 (engine host 13)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("master", "is_one"),
+    [("local", True), ("local[2,3]", True), ("local-cluster[2,2,1024]", False), ("yarn", False)],
+)
+def test_one_machine_is_told_from_a_cluster(master: str, is_one: bool) -> None:
+    assert is_one_machine(master) is is_one

@@ -1,0 +1,63 @@
+"""How a task of a stage gets the GPUs that its engines need.
+
+Spark's own setting, `spark.task.resource.gpu.amount`, holds for all stages of an application. A
+router over four GPUs and scoring models on one each want different amounts: from Spark 4.0 on, a
+stage with a model may bring a resource profile of its own. It only says what a *task* takes, so
+the same executors serve all stages, with and without dynamic allocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cdr.engines.base import EngineSpec
+from cdr.errors import SetupError
+from cdr.progress import is_one_machine
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+_EXECUTOR, _TASK = "spark.executor.resource.gpu.amount", "spark.task.resource.gpu.amount"
+
+
+def task_gpus(spark: SparkSession, engines: Sequence[EngineSpec]) -> dict[str, Any]:
+    """Give what `mapInPandas` or `mapInArrow` needs to get each task the GPUs of its engines.
+
+    Args:
+        spark: the session.
+        engines: all that the stage needs; the largest `tensor_parallel` counts.
+
+    Returns:
+        `{"profile": ...}`, or nothing where Spark's settings fit already, or where Spark gives
+        out no GPUs (tasks then claim those of their machine, `cdr.engines.device`).
+
+    Raises:
+        SetupError: executors have fewer GPUs, or this Spark needs a setting for it.
+    """
+    needed = max(engine.tensor_parallel for engine in engines)
+    conf = spark.sparkContext.getConf()
+    per_executor = int(conf.get(_EXECUTOR, "0") or 0)
+    if is_one_machine(spark.sparkContext.master) or not per_executor:
+        return {}
+    if needed > per_executor:
+        raise SetupError(
+            f"a model with tensor_parallel {needed} needs {needed} GPUs in one executor, which has "
+            f"{per_executor}",
+            fix=f"set {_EXECUTOR}={needed}, or a smaller tensor_parallel",
+        )
+    per_task = float(conf.get(_TASK, "0") or 0)
+    if per_task == needed or (needed == 1 and 0 < per_task < 1):  # tasks may share a GPU
+        return {}
+    if int(spark.version.split(".")[0]) < 4:
+        if per_task > needed:
+            return {}  # more than needed is wasteful, not wrong
+        raise SetupError(
+            f"a task needs {needed} GPUs, and this Spark {spark.version} gives every task "
+            f"{per_task:g}",
+            fix=f"set {_TASK}={needed}; from Spark 4.0 on, stages ask for what they need",
+        )
+    from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
+
+    requests = TaskResourceRequests().resource("gpu", needed)
+    return {"profile": ResourceProfileBuilder().require(requests).build}

@@ -1,0 +1,185 @@
+"""Which scoring models are loaded together, and which share of a device each may take.
+
+Two models that share a device are each asked about a prompt while it is at hand, and a wave's
+commit is whole. Two that do not fit go one after the other. `auto` decides by arithmetic on the
+driver: the bytes of the weights, from the headers of the safetensors files, against the memory of
+a device. See docs/decisions/0006-placement.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cdr.engines.base import EngineSpec
+from cdr.engines.hardware import device_memory_bytes
+from cdr.errors import ConfigError
+from cdr.models import ResolvedModel
+from cdr.plan import AnnotationPlan
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+Placement = Literal["auto", "colocated", "sequential"]
+
+USABLE = 0.9
+"""Share of a device's memory that all engines together get; the rest is the driver's."""
+HEADROOM = 1.25
+"""An engine needs its weights this many times: activations, prefix cache, log-probs."""
+
+_GIB = 1 << 30
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_RUN_BYTES = {"float32": 4, "bfloat16": 2}
+_STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def place(plan: AnnotationPlan, spark: SparkSession) -> AnnotationPlan:
+    """Settle the placement of the scoring models before any work.
+
+    Args:
+        plan: the checked plan.
+        spark: asked for the memory of a device where the config does not give it: one small task.
+
+    Returns:
+        The plan with `run.placement` decided, and with the memory shares of models that are
+        loaded together.
+
+    Raises:
+        ConfigError: a model is too large for its share of a device, or its size is not known.
+    """
+    run = plan.config.run
+    placement: Placement = run.placement
+    if placement == "auto" or run.device_memory_gib is not None:
+        memory = int((run.device_memory_gib or 0) * _GIB) or _look_up(spark)
+        needs = {role: _needed_bytes(model) for role, model in plan.models.items()}
+        if placement == "auto":
+            placement = _choose(plan, needs, memory)
+        _refuse_too_large(plan, needs, memory, placement)
+    decided = run.model_copy(update={"placement": placement})
+    config = plan.config.model_copy(update={"run": decided})
+    return replace(plan, config=config, engines=_with_shares(plan.engines, placement))
+
+
+def weights_bytes(model: ResolvedModel) -> int | None:
+    """Give the bytes of a model's weights in the dtype it runs in; None when nothing tells them.
+
+    Floating-point weights are converted when they are loaded; others (quantised ones) stay as
+    they are stored.
+    """
+    if model.spec.engine == "stub":
+        return 0
+    folder, run_bytes = Path(model.config_folder), _RUN_BYTES[model.engine_spec.dtype]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return sum(
+            math.prod(shape) * run_bytes if dtype in _FLOAT_BYTES else stored
+            for file in files
+            for dtype, shape, stored in _tensors(file)
+        )
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    stored = json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored_as = config.get("dtype") or config.get("torch_dtype")
+    if "quantization_config" in config or stored_as not in _STORED_BYTES:
+        return int(stored)
+    return int(stored * run_bytes / _STORED_BYTES[stored_as])
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, list[int], int]]:
+    """Read a safetensors file's header: dtype, shape and stored bytes of each tensor."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(size))
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            start, end = tensor["data_offsets"]
+            yield tensor["dtype"], tensor["shape"], end - start
+
+
+def _needed_bytes(model: ResolvedModel) -> float:
+    """Give the bytes that a model needs on each of its devices."""
+    weights = weights_bytes(model)
+    if weights is None:
+        raise ConfigError(
+            [
+                f"models.{model.role}: the size of '{model.spec.path}' is not known here, and "
+                "run.placement 'auto' or run.device_memory_gib asks for it"
+            ],
+            fix="set run.placement to colocated or sequential, and leave run.device_memory_gib out",
+        )
+    return weights * HEADROOM / model.engine_spec.tensor_parallel
+
+
+def _choose(plan: AnnotationPlan, needs: Mapping[str, float], memory: int) -> Placement:
+    shares = {engine.name: engine.memory_fraction for engine in _with_shares(plan.engines)}
+    fits = all(
+        needs[role] <= (shares[model.model_key] or 1) * memory
+        for role, model in plan.models.items()
+        if model.model_key in shares
+    )
+    placement: Placement = "colocated" if fits else "sequential"
+    sizes = ", ".join(
+        f"{role} {needs[role] / _GIB:.1f}"
+        for role, model in plan.models.items()
+        if model.model_key in shares
+    )
+    print(f"placement: {placement} (GiB needed per device: {sizes}; there: {memory / _GIB:.1f})")
+    return placement
+
+
+def _refuse_too_large(
+    plan: AnnotationPlan, needs: Mapping[str, float], memory: int, placement: Placement
+) -> None:
+    shares = {
+        engine.name: engine.memory_fraction for engine in _with_shares(plan.engines, placement)
+    }
+    problems = []
+    for role, model in plan.models.items():
+        own = model.engine_spec.memory_fraction  # the router's, which is loaded alone
+        share = (shares.get(model.model_key) or own or USABLE) * memory
+        if needs[role] > share:
+            problems.append(
+                f"models.{role}: needs about {needs[role] / _GIB:.1f} GiB of each device, its "
+                f"weights and a quarter more, but its share is {share / _GIB:.1f} of "
+                f"{memory / _GIB:.1f} GiB"
+            )
+    if problems:
+        remedy = "run.placement 'sequential', " if placement == "colocated" else ""
+        raise ConfigError(
+            problems,
+            where=f"reward '{plan.config.reward.name}'",
+            fix=f"set {remedy}a larger tensor_parallel of the model, a larger memory_fraction, a "
+            "smaller dtype, or use devices with more memory",
+        )
+
+
+def _with_shares(
+    engines: tuple[EngineSpec, ...], placement: Placement = "colocated"
+) -> tuple[EngineSpec, ...]:
+    """Split a device between engines that are loaded together; what the config set stays."""
+    if placement != "colocated" or len(engines) == 1:
+        return engines
+    given = sum(engine.memory_fraction or 0 for engine in engines)
+    free = [engine for engine in engines if engine.memory_fraction is None]
+    rest = USABLE - given
+    if given > 1 or (free and rest <= 0):
+        raise ConfigError(
+            [f"memory_fraction: models loaded together must leave each a share, got {given:g}"],
+            fix="lower memory_fraction, or set run.placement to sequential",
+        )
+    return tuple(
+        engine if engine.memory_fraction else replace(engine, memory_fraction=rest / len(free))
+        for engine in engines
+    )
+
+
+def _look_up(spark: SparkSession) -> int:
+    # Executors are of one kind: one of them tells for all.
+    answer = spark.sparkContext.parallelize([0], 1).map(lambda _: device_memory_bytes())
+    return answer.first()

@@ -18,6 +18,7 @@ from cdr.inputs import input_version
 from cdr.job_run import JobRun, Share, count_devices
 from cdr.plan import AnnotationPlan
 from cdr.progress import Counts
+from cdr.routing import RoutingResult, RoutingWork
 from cdr.runs import RunRecord, new_run_id
 from cdr.scoring import Wave, WaveResult, Work
 from cdr.stages import Context
@@ -33,6 +34,7 @@ from cdr.tables import (
     Warehouse,
 )
 from cdr.tracking import RunTracker, TableVersion, redact
+from cdr.waves import BucketRange
 
 
 def make_context(plan: AnnotationPlan, warehouse: Warehouse) -> Context:
@@ -60,14 +62,12 @@ class AnnotationRun(JobRun):
         context: what the stages work with.
     """
 
-    label = "scoring"
-
     def __init__(self, plan: AnnotationPlan, warehouse: Warehouse) -> None:
         self.context = make_context(plan, warehouse)
         super().__init__(warehouse, self.context.staging, plan.config.run)
         self._plan = plan
         self._scored = self._failed = 0
-        self._waves: Sequence[Wave] = ()
+        self._scoring_waves: Sequence[Wave] = ()
         self._started = time.monotonic()
 
     @property
@@ -110,28 +110,36 @@ class AnnotationRun(JobRun):
             mlflow_run_id=self._tracker.run_id,
         )
 
-    def waves(self, waves: Sequence[Wave], work: Work) -> Iterator[Wave]:
-        """Go through the waves with a progress bar, until the end or a stop signal.
+    def routing_waves(self, work: RoutingWork) -> Iterator[BucketRange]:
+        """Go through the router's waves with a progress bar, until the end or a stop signal.
 
         Raises:
             Stopped: a signal came, or the time is up.
         """
-        self._waves = waves
-        prompts = work.missing[work.counted].prompts if waves else 0
-        return self._go_through(waves, Counts(prompts=prompts, tokens=work.tokens))
+        return self._go_through(work.waves, Counts(work.prompts, work.tokens), "routing")
 
-    def committed(self, result: WaveResult) -> None:
-        """Note that a wave has been committed."""
+    def routed(self, result: RoutingResult) -> None:
+        """Note that a wave of routes has been committed."""
+        self._note_wave({"routed": result.routed, "routes_failed": result.failed})
+
+    def scoring_waves(self, waves: Sequence[Wave], work: Work) -> Iterator[Wave]:
+        """Go through the scoring waves, as `routing_waves` does."""
+        self._scoring_waves = waves
+        prompts = work.missing[work.counted].prompts if waves else 0
+        return self._go_through(waves, Counts(prompts, work.tokens), "scoring")
+
+    def scored(self, result: WaveResult) -> None:
+        """Note that a wave of log-probs has been committed."""
         self._scored += result.scored
         self._failed += result.failed
-        self._note_wave({"logprobs_scored": self._scored, "logprobs_failed": self._failed})
+        self._note_wave({"logprobs_scored": result.scored, "logprobs_failed": result.failed})
 
     def failures(self) -> DataFrame | None:
         """Read the completions that this run could not score; None when there is none."""
         if not self._failed:
             return None
         staging = self.context.staging
-        scored = [staging.read(f"scored/wave={wave.number}") for wave in self._waves]
+        scored = [staging.read(f"scored/wave={wave.number}") for wave in self._scoring_waves]
         return reduce(DataFrame.unionByName, scored).where("error IS NOT NULL")
 
     def finish(
@@ -151,7 +159,7 @@ class AnnotationRun(JobRun):
             asked=work.asked,
             scored=self._scored,
             tokens=work.tokens,
-            scoring_s=self._waves_s,
+            scoring_s=self._spent_s["scoring"],
             wall_s=time.monotonic() - self._started,
         )
         limits = self._spec

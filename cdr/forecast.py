@@ -21,8 +21,9 @@ from cdr.estimate import (
     sharing_gain,
 )
 from cdr.prompt_pack import PromptPack
+from cdr.routing import known_routes
 from cdr.scoring import Work, plan_waves
-from cdr.stages import Context, known_routes
+from cdr.stages import Context
 
 _REFERENCE_GPUS = ("NVIDIA A10G", "NVIDIA A100", "NVIDIA H100")
 
@@ -31,7 +32,8 @@ def assume_routes(prompts: DataFrame, run: Context) -> DataFrame:
     """Give each prompt the domain it has, or the longest one it may get; asks no model.
 
     Returns:
-        The columns of `cdr.stages.route`; `domain_source` is `assumed` where nothing is known.
+        The columns of `cdr.routing.give_domains`; `domain_source` is `assumed` where nothing is
+        known.
     """
     plan = run.plan
     routing = plan.config.reward.routing

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar, Self, TypeVar
+from typing import Self, TypeVar
 
 from pyspark.sql import SparkSession
 
 from cdr.cli import FAILED, KEPT, OK, OVER_THRESHOLD, STOPPED, explain_spark_error
 from cdr.config import JobSpec
+from cdr.engines.device import visible_cuda_devices
 from cdr.errors import CdrError, Stopped
-from cdr.progress import Counts, Progress, TaskCounter
+from cdr.progress import Counts, Progress, TaskCounter, is_one_machine
 from cdr.runs import RunLog, RunRecord, StopSignal
 from cdr.staging import Staging
 from cdr.tables import Warehouse
@@ -63,18 +65,15 @@ class JobRun(ABC):
         exit_code: the job's, after the context has ended.
     """
 
-    label: ClassVar[str]
-    """What the waves do, in front of the progress: `scoring`."""
-
     def __init__(self, warehouse: Warehouse, staging: Staging, spec: JobSpec) -> None:
         self.counter = TaskCounter.create(warehouse.spark)
         self.exit_code = FAILED
         self._warehouse, self._staging, self._spec = warehouse, staging, spec
         self._stop = StopSignal(warehouse.spark, spec.max_hours)
-        self._waves_done = 0
-        self._waves_s = 0.0
+        self._waves_done = self._waves_total = 0
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
         self._problem: str | None = None
-        self._counts: Mapping[str, int] = {}
+        self._counts: dict[str, int] = {}
 
     @abstractmethod
     def _begin(self, stack: contextlib.ExitStack) -> RunRecord:
@@ -98,33 +97,41 @@ class JobRun(ABC):
         if self._stop.requested:
             raise Stopped(self._stop.requested)
 
-    def _go_through(self, waves: Sequence[Wave], total: Counts) -> Iterator[Wave]:
+    def _go_through(self, waves: Sequence[Wave], total: Counts, label: str) -> Iterator[Wave]:
         """Go through the waves with a progress bar, until the end or a stop signal.
+
+        Args:
+            waves: none is fine.
+            total: what they hold.
+            label: what they do, for example `scoring`; `_spent_s` has their seconds under it.
 
         Raises:
             Stopped: a signal came, or the time is up.
         """
         self.check_stop()
-        self._log.update(waves_total=len(waves))
+        self._waves_total += len(waves)
+        self._log.update(waves_total=self._waves_total)
         if not waves:
             return
         begun = time.monotonic()
-        with Progress(total, self.counter, label=self.label):
+        with Progress(total, self.counter, label=label):
             for wave in waves:
                 yield wave
-                self._waves_s = time.monotonic() - begun
+                self._spent_s[label] = time.monotonic() - begun
                 self.check_stop()
 
     def _note_wave(self, counts: Mapping[str, int]) -> None:
-        """Note that one more wave has been committed, and what all of them have done."""
+        """Note that one more wave has been committed, and what it adds to the run's counts."""
         self._waves_done += 1
-        self._log.update(waves_done=self._waves_done, counts=counts)
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
+        self._log.update(waves_done=self._waves_done, counts=self._counts)
 
     def _conclude(self, shares: Sequence[Share], counts: Mapping[str, int]) -> None:
         """Decide the exit code of a run that did all it could, and keep its counts for `runs`."""
         problems = [str(share) for share in shares if share.value > share.limit]
         self._problem = "; ".join(problems) or None
-        self._counts = counts
+        self._counts = dict(counts)
         self.exit_code = OVER_THRESHOLD if problems else OK
 
     def __exit__(
@@ -166,7 +173,8 @@ def count_devices(spark: SparkSession, configured: int | None) -> int:
     """
     if configured is not None:
         return configured
-    # On one machine without addresses all tasks share the machine's devices; on a cluster a task
-    # more than there are devices costs nothing but its start.
-    is_local = (spark.sparkContext.master or "").startswith("local")
-    return 1 if is_local else spark.sparkContext.defaultParallelism
+    if is_one_machine(spark.sparkContext.master):
+        # Without addresses the tasks claim this machine's GPUs, or share its CPU.
+        return max(1, len(visible_cuda_devices()))
+    # On a cluster a task more than there are devices costs nothing but its start.
+    return spark.sparkContext.defaultParallelism

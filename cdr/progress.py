@@ -54,6 +54,10 @@ class Counts(NamedTuple):
         """Add field by field."""
         return Counts(self.prompts + other.prompts, self.tokens + other.tokens)
 
+    def minus(self, other: Counts) -> Counts:
+        """Subtract field by field."""
+        return Counts(self.prompts - other.prompts, self.tokens - other.tokens)
+
 
 class EngineLoad(NamedTuple):
     """An engine that an engine host has loaded: where, and the seconds that took."""
@@ -226,8 +230,10 @@ class Progress:
         self._total, self._source, self._label = total, source, label
         self._stream = stream or sys.stderr
         self._clock = clock
+        # A job's counter serves several stages: what others have counted is not ours.
+        self._before = source.read()
         self._done = Counts()
-        self._told: frozenset[EngineLoad] = frozenset()
+        self._told = source.engine_loads()
         self._history = deque([(clock(), self._done)])
         self._start_s = clock()
         self._bar: tqdm[Any] | None = None
@@ -264,7 +270,7 @@ class Progress:
         for load in sorted(loads - self._told):
             self._print(load.describe())
         self._told = loads
-        now, counts = self._clock(), self._source.read()
+        now, counts = self._clock(), self._source.read().minus(self._before)
         # Between the end of a task and its accumulator's arrival the sum dips for a moment.
         self._done = Counts(*map(max, self._done, counts))
         self._history.append((now, self._done))

@@ -32,8 +32,6 @@ class SamplingRun(JobRun):
         context: what the stages work with.
     """
 
-    label = "sampling"
-
     def __init__(self, plan: SamplingPlan, warehouse: Warehouse) -> None:
         spark, run_id = warehouse.spark, new_run_id()
         staging = Staging(spark, warehouse.root, run_id)
@@ -71,12 +69,13 @@ class SamplingRun(JobRun):
         """
         # How long samples get shows only when they end, so tokens are those at most.
         most = work.num_missing * self._plan.config.sampling.max_new_tokens
-        return self._go_through(range(work.num_waves), Counts(work.num_missing_prompts, most))
+        total = Counts(work.num_missing_prompts, most)
+        return self._go_through(range(work.num_waves), total, "sampling")
 
     def committed(self, counts: SampleCounts) -> None:
         """Note that a wave has been committed."""
         self._sampled = self._sampled.plus(counts)
-        self._note_wave({"samples": self._sampled.sampled, "failed": self._sampled.failed})
+        self._note_wave({"samples": counts.sampled, "failed": counts.failed})
 
     def finish(self, work: SamplingWork) -> None:
         """Write the rejects, print and record the summary, and decide the exit code."""
@@ -114,10 +113,11 @@ class SamplingRun(JobRun):
         if counts.failed:
             lines.append(f"failed      {counts.failed:,}; run again to try them again")
         if counts.sampled:
+            spent_s = self._spent_s["sampling"]
             lines += [
                 f"            {counts.cut:,} reached max_new_tokens, {counts.empty:,} are empty",
                 f"tokens      {counts.tokens:,}, {counts.tokens / counts.sampled:.1f} per sample",
-                f"time        {format_duration(self._waves_s)}, "
-                f"{format_count(counts.tokens / self._waves_s)} tokens/s",
+                f"time        {format_duration(spent_s)}, "
+                f"{format_count(counts.tokens / spent_s)} tokens/s",
             ]
         return "\n".join([*lines, f"table       {self._warehouse.place(COMPLETIONS)}"])

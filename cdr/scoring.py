@@ -9,10 +9,11 @@ exactly what is not committed, new rows of old buckets included.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pyspark.sql import Column, DataFrame, Observation, Window
+from pyspark.sql import DataFrame, Observation, Window
 from pyspark.sql import functions as F
 
 from cdr.config import RunSpec
@@ -22,9 +23,7 @@ from cdr.gpus import task_gpus
 from cdr.progress import TaskCounter
 from cdr.stages import Context, MapFunction
 from cdr.tables import LOGPROBS
-
-BUCKETS = 4096
-"""Prompts fall into this many buckets by hash; a wave is a range of them."""
+from cdr.waves import BucketRange, bucket_column, cut_buckets
 
 SCORED_DDL = (
     "model_key string, prefix_hash binary, completion_hash binary, logprob_sum double, "
@@ -114,7 +113,7 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
         .withColumn("missing", missing)
         .select(
             "model_key",
-            _bucket(F.col("prompt_hash")).alias("bucket"),
+            bucket_column("prompt_hash").alias("bucket"),
             "prompt_hash",
             "prefix_hash",
             "prefix_ids",
@@ -161,46 +160,36 @@ class Wave:
 
     Args:
         number: from 0, over the whole run.
-        total: waves of the run.
-        low: first bucket.
-        high: bucket behind the last one.
         engines: models loaded for this wave.
-        tokens: tokens to be read, prefixes once.
+        buckets: the range; its tokens are those to be read, prefixes once.
     """
 
     number: int
-    total: int
-    low: int
-    high: int
     engines: tuple[EngineSpec, ...]
-    tokens: int
+    buckets: BucketRange
 
 
 def plan_waves(work: Work, run: Context) -> list[Wave]:
     """Cut the work into waves of about `run.wave_tokens` tokens.
 
     Colocated: every wave asks all models. Sequential: all waves of one model, then of the next,
-    so that each is loaded once. Empty waves are left out.
+    so that each is loaded once.
     """
     spec, engines = run.plan.config.run, run.plan.engines
     sets = [engines] if spec.placement == "colocated" else [(engine,) for engine in engines]
     tokens = F.sum(F.col("prefix_tokens") + F.col("completion_tokens"))
-    # At most BUCKETS rows per model: the size of each bucket, to cut waves by.
-    sizes = {
-        (model_key, bucket): size
-        for model_key, bucket, size in work.rows.groupBy("model_key", "bucket")
-        .agg(tokens)
-        .collect()
-    }
-    cut: list[tuple[int, int, tuple[EngineSpec, ...], int]] = []
+    # At most BUCKETS rows per model.
+    sizes = work.rows.groupBy("model_key", "bucket").agg(tokens).collect()
+    waves: list[Wave] = []
     for loaded in sets:
-        low = gathered = 0
-        for bucket in range(BUCKETS):
-            gathered += sum(sizes.get((engine.name, bucket), 0) for engine in loaded)
-            if gathered >= spec.wave_tokens or (bucket == BUCKETS - 1 and gathered):
-                cut.append((low, bucket + 1, loaded, gathered))
-                low, gathered = bucket + 1, 0
-    return [Wave(i, len(cut), *rest) for i, rest in enumerate(cut)]
+        names = {engine.name for engine in loaded}
+        by_bucket: Counter[int] = Counter()
+        for model_key, bucket, size in sizes:
+            if model_key in names:
+                by_bucket[bucket] += size
+        for buckets in cut_buckets(by_bucket, spec.wave_tokens):
+            waves.append(Wave(len(waves), loaded, buckets))
+    return waves
 
 
 @dataclass(frozen=True)
@@ -234,14 +223,14 @@ def score_wave(
     """
     spec = run.plan.config.run
     names = [engine.name for engine in wave.engines]
-    num_tasks = max(run.num_devices, math.ceil(wave.tokens / spec.task_tokens))
+    num_tasks = max(run.num_devices, math.ceil(wave.buckets.tokens / spec.task_tokens))
     observed = Observation()
     # A prompt's place among the others is its longest prefix in the tokens of one model: the shared
     # text of domain and exemplar leads in all of them.
     longest_of_one_model = F.struct("model_key", -F.size("prefix_ids"))
     prompt = Window.partitionBy("prompt_hash")
     scored = (
-        work.rows.where((F.col("bucket") >= wave.low) & (F.col("bucket") < wave.high))
+        work.rows.where(wave.buckets.holds(F.col("bucket")))
         .where(F.col("model_key").isin(names))
         # An explicit number is kept by adaptive execution: no device idles.
         .repartition(num_tasks, "prompt_hash")
@@ -266,8 +255,3 @@ def score_wave(
         ok = written.where("error IS NULL").withColumn("run_id", F.lit(run.run_id))
         run.warehouse.append(LOGPROBS, ok)
     return WaveResult(scored=counts["scored"], failed=counts["failed"])
-
-
-def _bucket(prompt_hash: Column) -> Column:
-    first = F.conv(F.substring(prompt_hash, 1, 8), 16, 10).cast("bigint")
-    return (first % BUCKETS).cast("int")

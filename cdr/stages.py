@@ -1,6 +1,6 @@
 """The stages of an annotate run: DataFrame in, DataFrame or committed table out.
 
-    candidates -> route -> encode -> score (`cdr.scoring`) -> reward -> pair
+    candidates -> route (`cdr.routing`) -> encode -> score (`cdr.scoring`) -> reward -> pair
 
 Every stage that uses a model commits what it made and nothing downstream computes it again. What
 one run hands from stage to stage lies in its staging folder (`cdr.staging`), Parquet, gone when the
@@ -19,13 +19,12 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from cdr.errors import FailReason
-from cdr.gpus import task_gpus
 from cdr.inputs import read_candidates
 from cdr.pairs import select_pairs
-from cdr.plan import AnnotationPlan, RoutePlan
+from cdr.plan import AnnotationPlan
 from cdr.reward import logprob_column, reward_column, strong_term, weak_term
 from cdr.staging import Staging
-from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED, Warehouse
+from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, UNPAIRED, Warehouse
 
 MapFunction = Callable[[Iterator[Any]], Iterator[Any]]
 
@@ -92,80 +91,13 @@ def group_prompts(candidates: DataFrame) -> DataFrame:
     )
 
 
-def route(
-    prompts: DataFrame, run: Context, make_route: Callable[[RoutePlan], MapFunction]
-) -> DataFrame:
-    """Give each prompt its domain; prompts the router knows already are not asked about again.
-
-    Reads: prompt_hash, prompt, given_domain.
-
-    Returns:
-        The prompts with domain, domain_source, domain_confidence and route_error (null: routed).
-    """
-    plan, warehouse = run.plan, run.warehouse
-    routing = plan.config.reward.routing
-    no_confidence = F.lit(None).cast("double").alias("domain_confidence")
-    no_error = F.lit(None).cast("string").alias("route_error")
-    if plan.route is None:
-        domain = {
-            "column": F.col("given_domain"),
-            "fixed": F.lit(routing.domain),
-            "none": F.lit(None),
-        }[routing.mode]
-        source = F.lit(routing.mode).alias("domain_source")
-        given = domain.cast("string").alias("domain")
-        return run.staging.write(
-            "routed", prompts.select("*", given, source, no_confidence, no_error)
-        )
-    known = known_routes(plan.route, warehouse)
-    unknown = prompts.select("prompt_hash", "prompt").join(
-        known, on="prompt_hash", how="left_anti"
-    ).groupBy("prompt_hash").agg(F.first("prompt").alias("prompt"))  # fmt: skip
-    answers = run.staging.write(
-        "routes",
-        unknown.repartition(run.num_devices, "prompt_hash").mapInPandas(
-            make_route(plan.route),
-            "prompt_hash string, domain string, confidence double, "
-            "label_logprobs map<string, double>, domain_source string, error string",
-            **task_gpus(warehouse.spark, [plan.route.engine]),
-        ),
-    )
-    decided = answers.where("error IS NULL")
-    if not decided.isEmpty():
-        warehouse.append(
-            ROUTES,
-            decided.select(
-                "*", F.lit(plan.route.key).alias("router_key"), F.lit(run.run_id).alias("run_id")
-            ),
-        )
-    errors = answers.where("error IS NOT NULL").select(
-        "prompt_hash", F.col("error").alias("route_error")
-    )
-    routed = prompts.join(known_routes(plan.route, warehouse), on="prompt_hash", how="left")
-    return run.staging.write("routed", routed.join(errors, on="prompt_hash", how="left"))
-
-
-def known_routes(plan: RoutePlan, warehouse: Warehouse) -> DataFrame:
-    """Read this router's decisions: prompt_hash, domain, domain_source, domain_confidence."""
-    return (
-        warehouse.read_one_per_key(ROUTES)
-        .where(F.col("router_key") == plan.key)
-        .select(
-            "prompt_hash",
-            "domain",
-            "domain_source",
-            F.col("confidence").alias("domain_confidence"),
-        )
-    )
-
-
 def encode(routed: DataFrame, run: Context, function: MapFunction, schema: str) -> DataFrame:
     """Turn routed prompts into token ids, one row per prompt.
 
     Reads: prompt_id, prompt_hash, prompt, domain, candidates, route_error.
 
     Args:
-        routed: from `route`; prompts without a route are left out.
+        routed: from `cdr.routing.give_domains`; prompts without a route are left out.
         run: the run.
         function: `udfs.encode.make_encode(plan.encoding)`.
         schema: `udfs.encode.ENCODED_DDL`.
@@ -189,7 +121,7 @@ def reward(
 
     Args:
         candidates: from `cdr.inputs.read_candidates`.
-        routed: from `route`.
+        routed: from `cdr.routing.give_domains`.
         encoded: from `encode`.
         failures: SCORED_DDL rows of this run with an error; None when nothing was scored.
         run: the run.

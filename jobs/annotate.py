@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from cdr.annotation import AnnotationRun, make_context
 from cdr.cli import OK, make_parser, overrides, run_job
@@ -21,9 +20,10 @@ from cdr.config import load_annotate_config
 from cdr.forecast import assume_routes, forecast
 from cdr.placement import place
 from cdr.plan import AnnotationPlan, plan_annotation
+from cdr.routing import give_domains, plan_routing, route_wave
 from cdr.scoring import plan_waves, plan_work, score_wave
 from cdr.session import get_session
-from cdr.stages import encode, group_prompts, load_candidates, pair, reject, reward, route
+from cdr.stages import encode, group_prompts, load_candidates, pair, reject, reward
 from cdr.tables import Warehouse
 from udfs.encode import ENCODED_DDL, make_encode
 from udfs.route import make_route
@@ -69,13 +69,15 @@ def annotate(plan: AnnotationPlan, warehouse: Warehouse) -> int:
     with AnnotationRun(plan, warehouse) as run:
         context = run.context
         candidates = load_candidates(context)
-        router = partial(make_route, counter=run.counter)
-        routed = route(group_prompts(candidates), context, router)
-        run.check_stop()
+        prompts = group_prompts(candidates)
+        routing = plan_routing(prompts, context)
+        for buckets in run.routing_waves(routing):
+            run.routed(route_wave(buckets, routing, context, make_route, run.counter))
+        routed = give_domains(prompts, routing, context)
         encoded = encode(routed, context, make_encode(plan.encoding), ENCODED_DDL)
         work = plan_work(encoded, context)
-        for wave in run.waves(plan_waves(work, context), work):
-            run.committed(score_wave(wave, work, context, make_score, run.counter))
+        for wave in run.scoring_waves(plan_waves(work, context), work):
+            run.scored(score_wave(wave, work, context, make_score, run.counter))
         rewards = reward(candidates, routed, encoded, run.failures(), context)
         rejects = reject(candidates, encoded, context)
         pairs, unpaired = pair(rewards, context, run.mlflow_run_id)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cdr.chat import ChatEncoder, Message
+from cdr.config import RunSpec
 from cdr.engines.base import ScoringGroup
 from cdr.errors import EngineError, RowRejected
 from cdr.plan import RoutePlan
@@ -19,19 +20,19 @@ from udfs.engines import task_engines
 
 
 def make_route(
-    plan: RoutePlan, counter: TaskCounter
+    plan: RoutePlan, run: RunSpec, counter: TaskCounter
 ) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     """Make the function for `DataFrame.mapInPandas`.
 
     Args:
         plan: router model, texts and threshold.
-        counter: tells the driver where the router was loaded.
+        run: `request_tokens` bounds a request.
+        counter: counts prompts, and tells the driver where the router was loaded.
 
     Returns:
-        A function over frames with prompt_hash and prompt; it yields prompt_hash, domain,
-        confidence, label_logprobs, domain_source and error (null: routed), one row per prompt in
-        order. A prompt the router cannot read (too long, or refused by its template) gets the
-        fallback domain, marked as such.
+        A function over frames with prompt_hash and prompt; it yields `cdr.routing.ROUTED_DDL`
+        rows, one per prompt in order. A prompt the router cannot read (too long, or refused by its
+        template) gets the fallback domain, marked as such.
     """
 
     def route(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
@@ -50,7 +51,7 @@ def make_route(
             encoder.encode_completion(plan.pack.domains[name].router_label, None).ids
             for name in plan.domains
         )
-        with task_engines([plan.engine], counter) as (client, _):
+        with task_engines([plan.engine], counter) as (client, _), counter.task() as count:
 
             def label_logprobs(prefixes: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
                 groups = [ScoringGroup(prefix, labels) for prefix in prefixes]
@@ -73,8 +74,11 @@ def make_route(
                 readable = [i for i, p in enumerate(prefixes) if p and len(p) <= longest]
                 # Sorted for the prefix tree; answers go back to their places.
                 readable.sort(key=lambda i: prefixes[i] or ())
-                answers = label_logprobs([prefixes[i] or () for i in readable])
-                by_row = dict(zip(readable, answers, strict=True))
+                by_row: dict[int, dict[str, Any]] = {}
+                for request in _requests(readable, prefixes, run.request_tokens):
+                    asked = [prefixes[i] or () for i in request]
+                    by_row.update(zip(request, label_logprobs(asked), strict=True))
+                    count.add(prompts=len(request), tokens=sum(map(len, asked)))
                 return pd.DataFrame(
                     [
                         {
@@ -90,6 +94,23 @@ def make_route(
                 yield decide(frame)
 
     return route
+
+
+def _requests(
+    rows: Sequence[int], prefixes: Sequence[tuple[int, ...] | None], request_tokens: int
+) -> Iterator[list[int]]:
+    """Cut rows, in their order, into requests of about `request_tokens` tokens."""
+    request: list[int] = []
+    tokens = 0
+    for row in rows:
+        size = len(prefixes[row] or ())
+        if request and tokens + size > request_tokens:
+            yield request
+            request, tokens = [], 0
+        request.append(row)
+        tokens += size
+    if request:
+        yield request
 
 
 def _prefix(encoder: ChatEncoder, plan: RoutePlan, prompt: Sequence[Any]) -> tuple[int, ...] | None:

@@ -148,7 +148,7 @@ def test_waves_cover_the_work_whole_and_without_overlap(
     work = plan_work(rows, context)
     waves = plan_waves(work, context)
     assert len(waves) > 3
-    assert sum(wave.tokens for wave in waves) == work.tokens == len(names) * 2 * (2 + 4)
+    assert sum(wave.buckets.tokens for wave in waves) == work.tokens == len(names) * 2 * (2 + 4)
     loaded = [[engine.name for engine in wave.engines] for wave in waves]
     if placement == "sequential":
         assert loaded == sorted(loaded), "a model is loaded once"

@@ -119,7 +119,7 @@ def _needed_bytes(model: ResolvedModel) -> float:
 def _choose(plan: AnnotationPlan, needs: Mapping[str, float], memory: int) -> Placement:
     shares = {engine.name: engine.memory_fraction for engine in _with_shares(plan.engines)}
     fits = all(
-        needs[role] <= (shares[model.model_key] or 1) * memory
+        needs[role] <= (shares[model.model_key] or USABLE) * memory
         for role, model in plan.models.items()
         if model.model_key in shares
     )
@@ -163,10 +163,11 @@ def _with_shares(
     engines: tuple[EngineSpec, ...], placement: Placement = "colocated"
 ) -> tuple[EngineSpec, ...]:
     """Split a device between engines that are loaded together; what the config set stays."""
-    if placement != "colocated" or len(engines) == 1:
+    copies = {_copy(engine): engine.memory_fraction for engine in engines}
+    if placement != "colocated" or len(copies) == 1:
         return engines
-    given = sum(engine.memory_fraction or 0 for engine in engines)
-    free = [engine for engine in engines if engine.memory_fraction is None]
+    given = sum(share for share in copies.values() if share)
+    free = [copy for copy, share in copies.items() if share is None]
     rest = USABLE - given
     if given > 1 or (free and rest <= 0):
         raise ConfigError(
@@ -177,6 +178,11 @@ def _with_shares(
         engine if engine.memory_fraction else replace(engine, memory_fraction=rest / len(free))
         for engine in engines
     )
+
+
+def _copy(engine: EngineSpec) -> EngineSpec:
+    """Give what engines on one copy of weights have in common; only vLLM's share one."""
+    return replace(engine, name="", adapter_path=None) if engine.engine == "vllm" else engine
 
 
 def _look_up(spark: SparkSession) -> int:

@@ -126,7 +126,7 @@ class LogprobEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give memory back; the engine cannot be used afterwards."""
+        """Give memory back, and end all processes of its own; it cannot be used afterwards."""
         ...
 
 

@@ -27,11 +27,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import psutil
@@ -58,26 +57,11 @@ _CHILDREN_GRACE_S = 10.0
 _log = logging.getLogger("cdr.engines.host")
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """An engine, the seconds it took to load, and the processes that it started for itself."""
+class _Loaded(NamedTuple):
+    """An engine, and the seconds it took to load."""
 
     engine: LogprobEngine
     load_s: float
-    children: tuple[psutil.Process, ...]
-
-    def close(self) -> None:
-        """Close the engine and wait until its memory is back, its processes' included."""
-        try:
-            self.engine.close()
-        except Exception:  # of a dead engine; what counts is that its processes end
-            _log.exception("closing %s", self.engine.spec.name)
-        _, alive = psutil.wait_procs(self.children, timeout=_CHILDREN_GRACE_S)
-        for process in alive:
-            _log.warning("killing process %d, which %s left", process.pid, self.engine.spec.name)
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=_CHILDREN_GRACE_S)
 
 
 class EngineHost:
@@ -247,7 +231,7 @@ class EngineHost:
             return answer(partial(ask, engine), groups)
         except EngineDied as death:
             _log.error("%s died in a request: %s", engine.spec.name, death.what)
-            self._loaded.pop(engine.spec.name).close()
+            self._close(engine.spec.name)
             return None
 
     def _hold(self, specs: Sequence[dict[str, Any]]) -> None:
@@ -255,28 +239,40 @@ class EngineHost:
         wanted = {spec["name"]: EngineSpec(**spec) for spec in specs}
         unwanted = [n for n, held in self._loaded.items() if held.engine.spec != wanted.get(n)]
         for name in unwanted:
-            self._loaded.pop(name).close()
-            _log.info("closed %s", name)
+            self._close(name)
         if unwanted:
             gc.collect()
         for name, spec in wanted.items():
             if name not in self._loaded:
                 self._load(spec)
 
+    def _close(self, name: str) -> None:
+        """Close an engine; with the last one, see that no process of any engine is left."""
+        try:
+            self._loaded.pop(name).engine.close()
+        except Exception:  # a dead one may not know how any more
+            _log.exception("closing %s", name)
+        _log.info("closed %s", name)
+        if not self._loaded:  # engines may share processes, so not before
+            _, alive = psutil.wait_procs(_engine_processes(), timeout=_CHILDREN_GRACE_S)
+            if alive:
+                _log.warning("killing processes %s that engines left", [p.pid for p in alive])
+                _kill(alive)
+                psutil.wait_procs(alive, timeout=_CHILDREN_GRACE_S)
+
     def _load(self, spec: EngineSpec) -> None:
         _log.info("loading %s with %s from %s", spec.name, spec.engine, spec.path)
-        begin, before = time.monotonic(), set(_descendants())
+        begin, before = time.monotonic(), set(_engine_processes())
         try:
             engine = make_engine(spec, self._num_threads)
         except Exception as error:
             _log.exception("cannot load %s", spec.name)
-            _kill(set(_descendants()) - before)  # half an engine
+            _kill(set(_engine_processes()) - before)  # half an engine
             raise RuntimeError(
                 f"cannot load model {spec.name} from {spec.path}: {type(error).__name__}: {error}"
             ) from error
         load_s = time.monotonic() - begin
-        children = tuple(child for child in set(_descendants()) - before if not _is_shared(child))
-        self._loaded[spec.name] = _Loaded(engine, load_s, children)
+        self._loaded[spec.name] = _Loaded(engine, load_s)
         _log.info("loaded %s in %.1f s", spec.name, load_s)
 
     def _status(self) -> Head:
@@ -375,12 +371,14 @@ def _descendants() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def _is_shared(process: psutil.Process) -> bool:
-    """Tell multiprocessing's own helper, one for all engines, from an engine's processes."""
-    try:
-        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+def _engine_processes() -> list[psutil.Process]:
+    """Give the descendants of this process, less multiprocessing's helper, which stays."""
+    found = []
+    for process in _descendants():
+        with contextlib.suppress(psutil.Error):
+            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

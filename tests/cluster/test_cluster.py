@@ -69,7 +69,8 @@ def test_each_device_has_its_own_host_through_all_stages_and_a_router_takes_two_
 def test_hosts_outlive_killed_tasks_and_not_a_failed_job(
     on_cluster: Cluster, tmp_path: Path
 ) -> None:
-    records = run_probe(on_cluster, tmp_path, "failing", on_cluster.settings())
+    settings = on_cluster.settings(**{"spark.task.maxFailures": "1"})
+    records = run_probe(on_cluster, tmp_path, "failing", settings)
     assert_sound(records)
     hosts = hosts_by_device([r for r in records if r.stage in SCORING_STAGES])
     after = hosts_by_device([r for r in records if r.stage == "after the kill"])

@@ -40,6 +40,7 @@ KILL_CHILD = 987_650_003
 PARENT = EngineSpec("parent", "stub", "", extra=json.dumps({"kill_child_token": KILL_CHILD}))
 SLOW = EngineSpec("slow", "stub", "", extra='{"delay_s_per_token": 0.1}')
 
+ME = Owner.of(os.getpid())
 GROUPS = [
     ScoringGroup((1, 2, 3), ((4, 5), (6,), (7, 8, 9))),
     ScoringGroup((1, 2), ((5, 5),)),
@@ -219,6 +220,8 @@ def test_a_closed_engine_leaves_no_child_before_the_next_loads(client: EngineCli
     (child,) = children(client.set_engines([PARENT]).pid)
     client.set_engines([PLAIN])
     assert is_gone(child.pid)
+    log = (host_folder(Device("cpu", ("tests",)), ME) / "host.log").read_text()
+    assert log.rindex("closed parent") < log.rindex("loading plain")
 
 
 @pytest.mark.parametrize("end", ["shutdown", "kill", "terminate"])
@@ -564,9 +567,6 @@ def test_a_folder_that_others_can_enter_or_redirect_is_refused(tmp_path: Path) -
     for name in ("open", "link"):
         with pytest.raises(SetupError, match="mode 0700"):
             make_private_folder(tmp_path / name)
-
-
-ME = Owner.of(os.getpid())
 
 
 def test_sparks_addresses_are_one_device_whatever_their_order(tmp_path: Path) -> None:

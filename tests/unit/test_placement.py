@@ -89,6 +89,17 @@ def test_a_share_that_the_config_sets_stays_and_the_other_model_gets_the_rest(
     assert [engine.memory_fraction for engine in plan.engines] == [0.6, pytest.approx(0.3)]
 
 
+def test_two_adapters_on_one_copy_of_weights_have_the_device_to_themselves(
+    tmp_path: Path,
+) -> None:
+    strong = make_model(tmp_path, "strong", adapter_path="a")
+    strong = replace(strong, engine_spec=replace(strong.engine_spec, engine="vllm"))
+    base = replace(strong.engine_spec, name="weak", adapter_path=None)
+    plan = placed([strong, replace(strong, role="weak", engine_spec=base)], 6)  # 5 ≤ 0.9 · 6
+    assert plan.config.run.placement == "colocated"
+    assert [engine.memory_fraction for engine in plan.engines] == [None, None]
+
+
 def test_shares_beyond_the_device_are_refused(tmp_path: Path) -> None:
     models = [make_model(tmp_path, r, memory_fraction=0.6) for r in ("strong", "weak")]
     with pytest.raises(ConfigError, match=r"memory_fraction: .* got 1\.2"):

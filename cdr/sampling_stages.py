@@ -19,19 +19,9 @@ from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from cdr.errors import InputError, RejectReason
-from cdr.inputs import (
-    IDENTIFIER,
-    NOT_BLANK,
-    PROMPT,
-    TEXT,
-    check_columns,
-    messages_column,
-    optional_column,
-    prompt_hash,
-    read_source,
-    reading,
-)
+from cdr.inputs import NOT_BLANK, messages_column, optional_column, prompt_hash
 from cdr.sampling import PromptsSpec, SamplingPlan
+from cdr.sources import IDENTIFIER, PROMPT, TEXT, check_columns, read_source, reading
 from cdr.stages import MapFunction
 from cdr.staging import Staging
 from cdr.tables import COMPLETIONS, REJECTS, Warehouse

@@ -17,10 +17,11 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from cdr.errors import FailReason
-from cdr.inputs import read_candidates, reading
+from cdr.inputs import read_candidates
 from cdr.pairs import select_pairs
 from cdr.plan import AnnotationPlan, RoutePlan
 from cdr.reward import logprob_column, reward_column, strong_term, weak_term
+from cdr.sources import reading
 from cdr.staging import Staging
 from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, Warehouse
 

@@ -17,7 +17,8 @@ from pyspark.sql import Row, SparkSession
 from cdr.cli import explain_spark_error
 from cdr.config import InputSpec
 from cdr.errors import InputError
-from cdr.inputs import input_version, read_candidates, reading
+from cdr.inputs import read_candidates
+from cdr.sources import input_version, reading
 from cdr.unreadable import explain_unreadable
 
 USER = [{"role": "user", "content": "Why?"}]
@@ -400,12 +401,15 @@ def test_delta_is_read_at_its_version(spark: SparkSession, tmp_path: Path) -> No
 GOOD = [(f"prompt {i}", str(i) * 50) for i in range(2000)]
 
 
-def parquet(spark: SparkSession, path: Path, form: str = "parquet") -> Path:
-    """Write good rows as one file, without the checksum beside it; give that file."""
+def write_rows(spark: SparkSession, path: Path, form: str = "parquet") -> Path:
+    """Write good rows as one file, without a checksum beside it; give that file."""
     rows = spark.createDataFrame(GOOD, "prompt string, completion string")
     rows.coalesce(1).write.format(form).save(str(path))
     for checksum in path.rglob(".*.crc"):
         checksum.unlink()
+    if form == "delta":  # a new session would not know the table either
+        assert spark._jvm is not None
+        spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
     (file,) = path.glob("part-*")
     return file
 
@@ -440,7 +444,7 @@ def expect_unreadable(call: Callable[[], object], file: str, said: str) -> None:
 def test_parquet_that_is_none_is_named_when_its_schema_is_read(
     spark: SparkSession, tmp_path: Path, how: str
 ) -> None:
-    file = parquet(spark, tmp_path / "in")
+    file = write_rows(spark, tmp_path / "in")
     damage(file, how)
     source = InputSpec(path=str(tmp_path / "in"), format="parquet")
     expect_unreadable(lambda: read_candidates(spark, source), file.name, "a file is damaged")
@@ -457,7 +461,7 @@ def test_parquet_that_is_none_is_named_when_its_schema_is_read(
 def test_a_file_that_shows_itself_unreadable_later_is_named_too(
     spark: SparkSession, tmp_path: Path, form: str, how: str, said: str
 ) -> None:
-    file = parquet(spark, tmp_path / "in", form)
+    file = write_rows(spark, tmp_path / "in", form)
     damage(file, how)
     source = InputSpec(path=str(tmp_path / "in"), format=form)
 
@@ -471,7 +475,7 @@ def test_a_file_that_shows_itself_unreadable_later_is_named_too(
 def test_a_file_that_becomes_unreadable_in_the_middle_of_a_job_is_explained(
     spark: SparkSession, tmp_path: Path
 ) -> None:
-    file = parquet(spark, tmp_path / "in")
+    file = write_rows(spark, tmp_path / "in")
     rows = spark.read.parquet(str(tmp_path / "in"))
     damage(file, "corrupt")
     with pytest.raises(Exception, match="FAILED_READ_FILE") as caught:
@@ -494,19 +498,44 @@ def test_compressed_json_that_is_cut_off_and_lines_that_are_not_json_are_named(
     expect_unreadable(lambda: read(spark, bad), "in.jsonl", "a line that is not JSON")
 
 
+LOG = f"{0:020}.json"
+
+
 @pytest.mark.parametrize("call", [read_candidates, input_version])
-def test_a_delta_table_whose_log_is_gone_or_damaged_is_refused_with_its_place(
+def test_a_folder_without_a_delta_log_is_refused(
     spark: SparkSession, tmp_path: Path, call: Callable[[SparkSession, InputSpec], object]
 ) -> None:
-    parquet(spark, tmp_path / "none", "delta")
-    shutil.rmtree(tmp_path / "none" / "_delta_log")
-    none = InputSpec(path=str(tmp_path / "none"))
-    parquet(spark, tmp_path / "bad", "delta")
-    (log,) = (tmp_path / "bad" / "_delta_log").glob("*.json")
-    log.write_text("this was never a log\n")
-    bad = InputSpec(path=str(tmp_path / "bad"))
-    expect_unreadable(lambda: call(spark, none), "none", "cannot be read as delta")
-    expect_unreadable(lambda: call(spark, bad), log.name, "a file is damaged")
+    write_rows(spark, tmp_path / "in", "delta")
+    shutil.rmtree(tmp_path / "in" / "_delta_log")
+    source = InputSpec(path=str(tmp_path / "in"))
+    expect_unreadable(lambda: call(spark, source), "in", "cannot be read as delta")
+
+
+@pytest.mark.parametrize(
+    ("call", "checksum", "file", "said"),
+    [
+        (read_candidates, False, LOG, "a file is damaged"),
+        (input_version, False, LOG, "a file is damaged"),
+        # The checksum has the schema too, so the log shows itself later.
+        (read_candidates, True, LOG, "a file is damaged"),
+        (input_version, True, "in", "cannot be read as delta: .*Unrecognized token"),
+    ],
+)
+def test_a_delta_table_whose_log_is_damaged_is_refused(
+    spark: SparkSession,
+    tmp_path: Path,
+    call: Callable[[SparkSession, InputSpec], object],
+    checksum: bool,
+    file: str,
+    said: str,
+) -> None:
+    write_rows(spark, tmp_path / "in", "delta")
+    (tmp_path / "in" / "_delta_log" / LOG).write_text("this was never a log\n")
+    if not checksum:
+        for path in (tmp_path / "in" / "_delta_log").glob("*.crc"):
+            path.unlink()
+    source = InputSpec(path=str(tmp_path / "in"))
+    expect_unreadable(lambda: call(spark, source), file, said)
 
 
 def test_a_gap_in_the_log_of_a_delta_table_is_refused(spark: SparkSession, tmp_path: Path) -> None:
@@ -524,7 +553,7 @@ def test_a_gap_in_the_log_of_a_delta_table_is_refused(spark: SparkSession, tmp_p
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 @pytest.mark.parametrize("form", ["parquet", "delta", "json"])
 def test_a_file_without_permission_is_named(spark: SparkSession, tmp_path: Path, form: str) -> None:
-    file = parquet(spark, tmp_path / "in", form)
+    file = write_rows(spark, tmp_path / "in", form)
     file.chmod(0)
     source = InputSpec(path=str(tmp_path / "in"), format=form)
     expect_unreadable(lambda: read_candidates(spark, source), file.name, "no permission")
@@ -580,7 +609,7 @@ def test_patterns_and_paths_of_the_default_file_system_are_read(
     assert [r["completion"] for r in read(spark, f"{tmp_path}/a-*.jsonl")] == ["a-1", "a-2"]
     assert [r["completion"] for r in read(spark, f"{tmp_path}/{{a,b}}-1.jsonl")] == ["a-1", "b-1"]
     folder = tmp_path / "t[1]"
-    parquet(spark, folder, "delta")
+    write_rows(spark, folder, "delta")
     assert read_candidates(spark, InputSpec(path=str(folder))).count() == len(GOOD)
     # Where the cluster's default is another file system, a bare path is one of its own: here
     # Hadoop's view of folders, in which /seen is this test's.

@@ -14,13 +14,13 @@ from functools import reduce
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from cdr.inputs import input_version
 from cdr.job_run import JobRun, Share, count_devices
 from cdr.plan import AnnotationPlan
 from cdr.progress import Counts
 from cdr.routing import RoutingResult, RoutingWork
 from cdr.runs import RunRecord, new_run_id
 from cdr.scoring import Wave, WaveResult, Work
+from cdr.sources import input_version
 from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.summary import summarize

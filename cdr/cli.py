@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cdr.errors import CdrError
+from cdr.unreadable import explain_unreadable
 
 OK, FAILED, BAD_INPUT, OVER_THRESHOLD, STOPPED = 0, 1, 2, 3, 4
 
@@ -89,8 +90,9 @@ def explain_spark_error(error: BaseException) -> str | None:
         return f"{found.group(2).rstrip()}\n  {KEPT}"
     if "No space left on device" in text:
         return f"the disk is full: free some space or use another warehouse.\n  {KEPT}"
-    if "MALFORMED_RECORD_IN_PARSING" in text or "Malformed records are detected" in text:
-        return "the input holds a line that is not JSON\n  fix: check input.path and input.format"
+    unreadable = explain_unreadable(text)
+    if unreadable is not None:
+        return f"{unreadable}\n  {KEPT}"
     if "CONCURRENT" in text.upper() and "delta" in text.lower():
         return f"another run wrote the same rows at the same time; run again.\n  {KEPT}"
     return None

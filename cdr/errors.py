@@ -98,6 +98,7 @@ class RejectReason(StrEnum):
     BAD_MESSAGES = "bad_messages"
     NULL_COMPLETION = "null_completion"
     EMPTY_COMPLETION = "empty_completion"
+    UNEVEN_ARRAYS = "uneven_arrays"
     DUPLICATE_ID = "duplicate_id"
     UNKNOWN_DOMAIN = "unknown_domain"
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"

@@ -1,11 +1,13 @@
 """Read a user's prompts and completions, whatever their shape, into one row per candidate.
 
 Input: Delta, Parquet or JSON lines; a row per completion, an array per prompt, two columns A/B,
-or completions joined with prompts. Output of `read_candidates`, one row per candidate:
+or completions joined with prompts (`cdr.sources` opens them). Output of `read_candidates`, one row
+per candidate:
 
     prompt_id, prompt_hash, prompt (messages), completion_id, completion, finish_reason,
-    given_domain, passthrough (JSON of the input's other columns), row (JSON of the whole row),
-    source_row (its sha256), reason and detail (null for rows that can be scored)
+    given_domain, passthrough (JSON of the input's other columns), row (JSON of the input's row
+    with this one of its candidates), source_row (names the row by its hash, never twice), reason
+    and detail (null for rows that can be scored)
 
 No row is dropped: `reason` marks those that cannot be used. All of it is Spark SQL; nothing is
 collected and nothing but schemas is looked at on the driver.
@@ -13,25 +15,30 @@ collected and nothing but schemas is looked at on the driver.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from cdr.config import ColumnsSpec, InputSpec, SourceSpec
+from cdr.config import ColumnsSpec, InputSpec
 from cdr.errors import InputError, RejectReason
+from cdr.sources import (
+    IDENTIFIER,
+    PROMPT,
+    TEXT,
+    ColumnType,
+    array_of,
+    check_columns,
+    read_source,
+    reading,
+)
 from cdr.tables import MESSAGES
 
 ROLES = ("system", "user", "assistant")
 
 NOT_BLANK = r"\S"
 """What a prompt or completion must hold: a visible character."""
-
-_URI = re.compile(r"^[A-Za-z][\w+.\-]+:")
 
 
 def read_candidates(
@@ -48,56 +55,10 @@ def read_candidates(
         InputError: the input is missing, unreadable, empty, or lacks a column.
     """
     rows = _read_rows(spark, source)
-    if rows.isEmpty():
-        raise InputError("the input has no rows", where=source.place)
+    with reading(source):
+        if rows.isEmpty():
+            raise InputError("the input has no rows", where=source.place)
     return _validate(_to_candidates(rows, source), domains)
-
-
-def input_version(spark: SparkSession, source: SourceSpec) -> int | None:
-    """Give the Delta version that is read; None where the input is not Delta."""
-    if source.format != "delta":
-        return None
-    if source.version is not None:
-        return source.version
-    from delta.tables import DeltaTable
-
-    read_source(spark, source)  # says what is wrong with it
-    if source.path:
-        table = DeltaTable.forPath(spark, source.path)
-    else:
-        table = DeltaTable.forName(spark, str(source.table))
-    row = table.history(1).select("version").first()
-    return None if row is None else int(row["version"])
-
-
-def read_source(spark: SparkSession, source: SourceSpec) -> DataFrame:
-    """Read a table as it is.
-
-    Raises:
-        InputError: it is missing, or not readable in its format.
-    """
-    place = source.place
-    if source.path is not None and not _URI.match(place) and not Path(place).exists():
-        raise InputError("the input does not exist", where=place, fix="check input.path")
-    reader = spark.read
-    if source.version is not None:
-        reader = reader.option("versionAsOf", source.version)
-    if source.format == "json":
-        # A line that is not JSON must end the run, not become a row of nulls.
-        reader = reader.option("mode", "FAILFAST")
-    try:
-        if source.table is not None:
-            return reader.table(source.table)
-        frame = reader.format(source.format).load(place)
-        # Schemas are read lazily; a folder of another format shows itself only now.
-        frame.schema  # noqa: B018
-        return frame
-    except AnalysisException as error:
-        raise InputError(
-            f"the input cannot be read as {source.format}: {str(error).splitlines()[0]}",
-            where=place,
-            fix="check input.path, input.format and input.version",
-        ) from None
 
 
 def messages_column(rows: DataFrame, name: str) -> Column:
@@ -108,10 +69,7 @@ def messages_column(rows: DataFrame, name: str) -> Column:
         return F.when(prompt.isNotNull(), F.array(turn)).cast(MESSAGES)
     # By name: JSON sorts the fields of a struct.
     return F.transform(
-        prompt,
-        lambda m: F.struct(
-            m["role"].cast("string").alias("role"), m["content"].cast("string").alias("content")
-        ),
+        prompt, lambda m: F.struct(m["role"].alias("role"), m["content"].alias("content"))
     ).cast(MESSAGES)
 
 
@@ -134,56 +92,61 @@ def prompt_hash(messages: Column) -> Column:
 def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
     completions = read_source(spark, source)
     if source.layout != "joined":
+        _check_columns(completions, source)
         return completions
     # A version is the completions' own; prompts are read as they are now.
     only = {"path": source.prompts_path, "table": None, "version": None}
     prompts = read_source(spark, source.model_copy(update=only))
     key = str(source.columns.prompt_id)
-    for frame, name in ((completions, source.place), (prompts, str(source.prompts_path))):
-        if key not in frame.columns:
-            raise InputError(_lacks([key], frame.columns), where=name, fix=_columns_fix())
-    if prompts.groupBy(key).count().where("count > 1").limit(1).count():
+    place = str(source.prompts_path)
+    check_columns(completions, [(key, IDENTIFIER)], source.place)
+    check_columns(prompts, [(key, IDENTIFIER)], place)
+    kinds = [TEXT.fits(frame.schema[key].dataType) for frame in (completions, prompts)]
+    if kinds[0] != kinds[1]:
+        # Spark would cast one to the other: "07" would be 7, and "x7" the end of the run.
         raise InputError(
-            f"the prompts have the same {key} more than once", where=str(source.prompts_path)
+            f"{key} is a string in one of completions and prompts, an integer in the other",
+            where=f"{source.place}, {place}",
+            fix="give both the same type",
         )
     repeated = [c for c in prompts.columns if c in completions.columns and c != key]
-    return completions.join(prompts.drop(*repeated), on=key, how="left")
-
-
-def _lacks(missing: Sequence[str], present: Sequence[str]) -> str:
-    return f"the input lacks the columns {list(missing)}; it has {list(present)}"
-
-
-def _columns_fix() -> str:
-    return "map your names, for example --set input.columns.completion=response"
+    joined = completions.join(prompts.drop(*repeated), on=key, how="left")
+    _check_columns(joined, source)
+    with reading(source):
+        if not prompts.groupBy(key).count().where("count > 1").isEmpty():
+            raise InputError(f"the prompts have the same {key} more than once", where=place)
+    return joined
 
 
 def _to_candidates(rows: DataFrame, source: InputSpec) -> DataFrame:
     names = source.columns
-    _check_columns(rows, source)
-    as_json = F.to_json(F.struct(*[rows[f"`{c}`"] for c in rows.columns]))
+    own = _own_columns(source)
     other = [c for c in rows.columns if c not in _mapped(names, source.layout)]
     passthrough = F.to_json(F.struct(*[rows[f"`{c}`"] for c in other])) if other else F.lit(None)
-    frame = rows.select(
+    per_row = rows.select(
         optional_column(names.prompt_id).cast("string").alias("prompt_id"),
         _messages(rows, names).alias("prompt"),
         optional_column(names.domain).cast("string").alias("given_domain"),
-        _completions(source).alias("_many"),
         passthrough.cast("string").alias("passthrough"),
-        as_json.alias("row"),
-        F.sha2(as_json, 256).alias("source_row"),
+        _uneven_arrays(source).alias("uneven"),
+        # The row without its candidates: with them, N candidates would carry N texts each.
+        F.struct(*[rows[f"`{c}`"] for c in rows.columns if c not in own]).alias("shared"),
+        _completions(source).alias("many"),
     )
     # An empty array keeps its row (as a null completion), so that it is counted and rejected.
-    return frame.select("*", F.explode_outer("_many").alias("_one")).select(
+    one = per_row.withColumn("one", F.explode_outer("many"))
+    shared = F.col("shared")
+    as_json = F.to_json(F.struct(*[own.get(c, shared[c]).alias(c) for c in rows.columns]))
+    return one.select(
         "prompt_id",
         "prompt",
         "given_domain",
         "passthrough",
-        "row",
-        "source_row",
-        F.col("_one.completion_id").alias("completion_id"),
-        F.col("_one.completion").alias("completion"),
-        F.col("_one.finish_reason").alias("finish_reason"),
+        "uneven",
+        as_json.alias("row"),
+        F.col("one.completion_id").cast("string").alias("completion_id"),
+        F.col("one.completion").alias("completion"),
+        F.col("one.finish_reason").cast("string").alias("finish_reason"),
     )
 
 
@@ -193,43 +156,27 @@ def _mapped(names: ColumnsSpec, layout: str) -> set[str]:
 
 
 def _check_columns(rows: DataFrame, source: InputSpec) -> None:
-    names, where = source.columns, source.place
-    needed = [names.prompt, names.completion]
-    if source.layout == "ab":
-        needed.append(names.completion_b)
-    needed += [
-        name
-        for name in (
-            names.prompt_id, names.completion_id, names.finish_reason, names.system, names.domain
-        )
-        if name is not None
-    ]  # fmt: skip
-    missing = [name for name in needed if name not in rows.columns]
-    if missing:
-        raise InputError(_lacks(missing, rows.columns), where=where, fix=_columns_fix())
-    is_array = isinstance(rows.schema[names.completion].dataType, T.ArrayType)
-    if is_array != (source.layout == "array"):
-        raise InputError(
-            f"column '{names.completion}' is {'an' if is_array else 'not an'} array, "
-            f"but input.layout is '{source.layout}'",
-            where=where,
-            fix=f"--set input.layout={'array' if is_array else 'long'}",
-        )
-    kind = rows.schema[names.prompt].dataType
-    if not isinstance(kind, T.StringType) and not _is_messages(kind):
-        raise InputError(
-            f"column '{names.prompt}' must be a string or array<struct<role, content>>, "
-            f"got {kind.simpleString()}",
-            where=where,
-        )
+    names, is_array = source.columns, source.layout == "array"
 
+    def each(kind: ColumnType) -> ColumnType:
+        return array_of(kind) if is_array else kind
 
-def _is_messages(kind: T.DataType) -> bool:
-    return (
-        isinstance(kind, T.ArrayType)
-        and isinstance(kind.elementType, T.StructType)
-        and {"role", "content"} <= set(kind.elementType.names)
-    )
+    fix = None
+    if names.completion in rows.columns:
+        kind = rows.schema[names.completion].dataType
+        if TEXT.fits(kind) if is_array else array_of(TEXT).fits(kind):
+            fix = f"--set input.layout={'long' if is_array else 'array'}"
+    expected = [
+        (names.prompt, PROMPT),
+        (names.completion, each(TEXT)),
+        (names.completion_b if source.layout == "ab" else None, TEXT),
+        (names.prompt_id, IDENTIFIER),
+        (names.completion_id, each(IDENTIFIER)),
+        (names.finish_reason, each(TEXT)),
+        (names.system, TEXT),
+        (names.domain, TEXT),
+    ]
+    check_columns(rows, expected, source.place, fix=fix)
 
 
 def _messages(rows: DataFrame, names: ColumnsSpec) -> Column:
@@ -248,9 +195,9 @@ def _completions(source: InputSpec) -> Column:
 
     def candidate(text: Column, identifier: Column, finish: Column) -> Column:
         return F.struct(
-            identifier.cast("string").alias("completion_id"),
-            text.cast("string").alias("completion"),
-            finish.cast("string").alias("finish_reason"),
+            identifier.alias("completion_id"),
+            text.alias("completion"),
+            finish.alias("finish_reason"),
         )
 
     text, identifier = F.col(f"`{names.completion}`"), optional_column(names.completion_id)
@@ -271,41 +218,91 @@ def _completions(source: InputSpec) -> Column:
     return F.array(candidate(text, identifier, finish))
 
 
+def _own_columns(source: InputSpec) -> dict[str, Column]:
+    """Give the input's columns that hold several candidates, as the exploded one's values."""
+    names, one = source.columns, F.col("one")
+    if source.layout == "array":
+        own = {names.completion: one["completion"]}
+        for name, field in (
+            (names.completion_id, "completion_id"),
+            (names.finish_reason, "finish_reason"),
+        ):
+            if name is not None:
+                own[name] = one[field]
+        return own
+    if source.layout == "ab":
+        return {
+            name: F.when(one["completion_id"] == which, one["completion"])
+            for name, which in ((names.completion, "a"), (names.completion_b, "b"))
+        }
+    return {}
+
+
+def _uneven_arrays(source: InputSpec) -> Column:
+    """Say which array does not go with the completions; null where all do.
+
+    A null array is one that was not given. A value that is only missing must not become a null:
+    for a finish reason, that says that the completion ended by itself.
+    """
+    names = source.columns
+    many = F.array_size(F.col(f"`{names.completion}`")) if source.layout == "array" else None
+    said = [F.lit(None).cast("string")]
+    for name in (names.completion_id, names.finish_reason):
+        if many is not None and name is not None:
+            size = F.array_size(F.col(f"`{name}`"))
+            lengths = (F.lit(name), size, F.lit(names.completion), many)
+            text = F.format_string("%s has length %d, %s has length %d", *lengths)
+            said.append(F.when(size != many, text))
+    return F.coalesce(*said)
+
+
 def _validate(candidates: DataFrame, domains: Sequence[str] | None) -> DataFrame:
     messages, text = F.col("prompt"), F.col("completion")
     last = F.element_at(messages, -1)
     blank_user = (last["role"] == "user") & ~last["content"].rlike(NOT_BLANK)
     bad_roles = ~F.coalesce(F.forall(messages, lambda m: m["role"].isin(*ROLES)), F.lit(False))
     no_content = F.exists(messages, lambda m: m["content"].isNull())
-    hashed = candidates.withColumn(
-        "prompt_hash", F.when(F.col("prompt").isNotNull(), prompt_hash(messages))
+    hashed = candidates.withColumns(
+        {
+            "prompt_hash": F.when(F.col("prompt").isNotNull(), prompt_hash(messages)),
+            # A and B may have equal rows (both null), so the id is hashed too.
+            "source_row": F.sha2(F.concat_ws(" ", "completion_id", "row"), 256),
+        }
     )
-    # Ids that the input lacks are derived from content; a repeated text gets its number behind.
     named = hashed.withColumn("prompt_id", F.coalesce("prompt_id", "prompt_hash"))
-    same = Window.partitionBy("prompt_id", "completion_id", "completion").orderBy("source_row")
-    derived = F.concat(
-        F.substring(F.sha2("completion", 256), 1, 32),
-        F.when(F.col("_nth") > 1, F.concat(F.lit("-"), F.col("_nth").cast("string"))).otherwise(""),
-    )
-    named = named.withColumn("_nth", F.row_number().over(same)).withColumn(
-        "_given_id", F.col("completion_id").isNotNull()
-    )
-    named = named.withColumn("completion_id", F.coalesce("completion_id", derived))
     one_prompt = (
         F.col("prompt_hash") if domains is None else F.struct("prompt_hash", "given_domain")
     )
+    # The widest window first: its shuffle, by prompt_id, serves the narrower ones too.
     per_prompt = Window.partitionBy("prompt_id")
+    named = named.withColumn("_prompts", F.size(F.collect_set(one_prompt).over(per_prompt)))
+    # Ids that the input lacks are derived from content; a repeated text or row gets its number
+    # behind. Equal rows have equal ids and texts: they stand side by side in this window.
+    same = Window.partitionBy("prompt_id", "completion_id", "completion").orderBy("source_row")
+    named = named.withColumns(
+        {
+            "_nth": F.row_number().over(same),
+            "_nth_row": F.row_number().over(same) - F.rank().over(same) + 1,
+            "_given_id": F.col("completion_id").isNotNull(),
+        }
+    )
+    derived = _numbered(F.substring(F.sha2("completion", 256), 1, 32), "_nth")
+    named = named.withColumns(
+        {
+            "completion_id": F.coalesce("completion_id", derived),
+            "source_row": _numbered(F.col("source_row"), "_nth_row"),
+        }
+    )
     per_id = Window.partitionBy("prompt_id", "completion_id").orderBy("completion", "source_row")
-    counted = named.withColumn(
-        "_prompts", F.size(F.collect_set(one_prompt).over(per_prompt))
-    ).withColumn("_with_id", F.row_number().over(per_id))
-    rules: list[tuple[Column, RejectReason, str]] = [
+    counted = named.withColumn("_with_id", F.row_number().over(per_id))
+    rules: list[tuple[Column, RejectReason, str | Column]] = [
         (messages.isNull(), RejectReason.NULL_PROMPT, "the prompt is null"),
         (F.size(messages) == 0, RejectReason.EMPTY_PROMPT, "the prompt has no messages"),
         (bad_roles, RejectReason.BAD_MESSAGES, f"roles must be among {', '.join(ROLES)}"),
         (no_content, RejectReason.BAD_MESSAGES, "a message has no content"),
         (last["role"] != "user", RejectReason.BAD_MESSAGES, "the last message must be the user's"),
         (blank_user, RejectReason.EMPTY_PROMPT, "the last message is empty"),
+        (F.col("uneven").isNotNull(), RejectReason.UNEVEN_ARRAYS, F.col("uneven")),
         (text.isNull(), RejectReason.NULL_COMPLETION, "the completion is null"),
         (~text.rlike(NOT_BLANK), RejectReason.EMPTY_COMPLETION, "the completion is empty"),
         (
@@ -324,8 +321,14 @@ def _validate(candidates: DataFrame, domains: Sequence[str] | None) -> DataFrame
         known = f"the domain must be one of {', '.join(domains)}"
         rules.append((unknown, RejectReason.UNKNOWN_DOMAIN, known))
     reason = F.coalesce(*[F.when(rule, F.lit(name.value)) for rule, name, _ in rules])
-    detail = F.coalesce(*[F.when(rule, F.lit(said)) for rule, _, said in rules])
+    detail = F.coalesce(*[F.when(rule, said) for rule, _, said in rules])
     return counted.withColumn("reason", reason).withColumn("detail", detail).select(
         "prompt_id", "prompt_hash", "prompt", "completion_id", "completion", "finish_reason",
         "given_domain", "passthrough", "row", "source_row", "reason", "detail",
     )  # fmt: skip
+
+
+def _numbered(name: Column, nth: str) -> Column:
+    """Tell equal names apart: the second is `name-2`."""
+    behind = F.concat(F.lit("-"), F.col(nth).cast("string"))
+    return F.concat(name, F.when(F.col(nth) > 1, behind).otherwise(""))

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 from cdr.config import content_hash
 from cdr.estimate import format_count, format_duration
-from cdr.inputs import input_version
 from cdr.job_run import JobRun, Share, count_devices
 from cdr.progress import Counts
 from cdr.runs import RunRecord, new_run_id
 from cdr.sampling import SamplingPlan
 from cdr.sampling_stages import SampleCounts, SamplingContext, SamplingWork, write_rejects
+from cdr.sources import input_version
 from cdr.staging import Staging
 from cdr.tables import COMPLETIONS, Warehouse
 

@@ -20,14 +20,9 @@ from pyspark.sql import functions as F
 
 from cdr.errors import InputError, RejectReason
 from cdr.gpus import task_gpus
-from cdr.inputs import (
-    NOT_BLANK,
-    messages_column,
-    optional_column,
-    prompt_hash,
-    read_source,
-)
+from cdr.inputs import NOT_BLANK, messages_column, optional_column, prompt_hash
 from cdr.sampling import PromptsSpec, SamplingPlan
+from cdr.sources import IDENTIFIER, PROMPT, TEXT, check_columns, read_source, reading
 from cdr.stages import MapFunction
 from cdr.staging import Staging
 from cdr.tables import COMPLETIONS, REJECTS, Warehouse
@@ -119,19 +114,19 @@ def read_prompts(spark: SparkSession, source: PromptsSpec) -> DataFrame:
         detail (null for prompts that can be used).
 
     Raises:
-        InputError: the input is missing, unreadable, empty, or lacks a column.
+        InputError: the input is missing, unreadable, empty, lacks a column or has one of another
+            type.
     """
     rows = read_source(spark, source)
     columns = source.columns
-    missing = [n for n in columns.model_dump().values() if n is not None and n not in rows.columns]
-    if missing:
-        raise InputError(
-            f"the input lacks the columns {missing}; it has {rows.columns}",
-            where=source.place,
-            fix="map your names, for example --set input.columns.prompt=question",
-        )
-    if rows.isEmpty():
-        raise InputError("the input has no rows", where=source.place)
+    check_columns(
+        rows,
+        [(columns.prompt, PROMPT), (columns.prompt_id, IDENTIFIER), (columns.domain, TEXT)],
+        source.place,
+    )
+    with reading(source):
+        if rows.isEmpty():
+            raise InputError("the input has no rows", where=source.place)
     messages = messages_column(rows, columns.prompt)
     named = rows.select(
         messages.alias("prompt"),
@@ -202,7 +197,8 @@ def plan_samples(run: SamplingContext) -> SamplingWork:
             "detail": F.when(changed, said).otherwise(F.col("detail")),
         }
     )
-    written = run.staging.write("prompts", known.drop("sampled_hash"))
+    with reading(source):
+        written = run.staging.write("prompts", known.drop("sampled_hash"))
 
     def is_missing(number: Column) -> Column:
         identifier = F.concat("prompt_id", F.lit("-"), number.cast("string"))

@@ -23,6 +23,7 @@ from cdr.inputs import read_candidates
 from cdr.pairs import select_pairs
 from cdr.plan import AnnotationPlan
 from cdr.reward import logprob_column, reward_column, strong_term, weak_term
+from cdr.sources import reading
 from cdr.staging import Staging
 from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, UNPAIRED, Warehouse
 
@@ -57,6 +58,9 @@ def load_candidates(run: Context) -> DataFrame:
 
     Returns:
         The columns of `cdr.inputs.read_candidates`.
+
+    Raises:
+        InputError: as for `cdr.inputs.read_candidates`, or a file of the input cannot be read.
     """
     plan = run.plan
     source = plan.config.input.model_copy(update={"version": run.input_version})
@@ -66,7 +70,8 @@ def load_candidates(run: Context) -> DataFrame:
         hashes = candidates.where("prompt_hash IS NOT NULL").select("prompt_hash").distinct()
         first = hashes.orderBy("prompt_hash").limit(plan.limit)
         candidates = candidates.join(first, on="prompt_hash", how="left_semi")
-    return run.staging.write("candidates", candidates)
+    with reading(plan.config.input):
+        return run.staging.write("candidates", candidates)
 
 
 def group_prompts(candidates: DataFrame) -> DataFrame:

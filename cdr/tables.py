@@ -201,13 +201,18 @@ REJECTS = Table(
     ("dataset", "source_row"),
     (
         ("dataset", "string", "Name of the set of completions"),
-        ("source_row", "string", "sha256 hex of the row's content"),
+        (
+            "source_row",
+            "string",
+            "sha256 hex of the completion_id, where given, and `row`; `-2`, `-3`, … behind it for "
+            "equal rows",
+        ),
         ("stage", "string", "validate or encode"),
         ("reason", "string", "One of the enumerated reasons"),
         ("detail", "string", "What exactly, without the text itself"),
         ("prompt_id", "string", "The prompt's id; null when there is none"),
         ("completion_id", "string", "The completion's id; null when there is none"),
-        ("row", "string", "The input row as JSON"),
+        ("row", "string", "The input row as JSON, with this one of its completions"),
         ("run_id", "string", "Run that wrote the row"),
     ),
     ("dataset",),

@@ -84,6 +84,4 @@ def explain_spark_error(error: BaseException) -> str | None:
         return f"the disk is full: free some space or use another warehouse.\n  {KEPT}"
     if "MALFORMED_RECORD_IN_PARSING" in text or "Malformed records are detected" in text:
         return "the input holds a line that is not JSON\n  fix: check input.path and input.format"
-    if "CONCURRENT" in text.upper() and "delta" in text.lower():
-        return f"another run wrote the same rows at the same time; run again.\n  {KEPT}"
     return None

@@ -93,6 +93,4 @@ def explain_spark_error(error: BaseException) -> str | None:
     unreadable = explain_unreadable(text)
     if unreadable is not None:
         return f"{unreadable}\n  {KEPT}"
-    if "CONCURRENT" in text.upper() and "delta" in text.lower():
-        return f"another run wrote the same rows at the same time; run again.\n  {KEPT}"
     return None

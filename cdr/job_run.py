@@ -140,6 +140,8 @@ class JobRun(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
+        # Before anything is written: a grace period that ends now would cancel the write below.
+        self._stop.stand_down()
         if error is not None and self._stop.gave_up:
             # After a signal an error of Spark's is that of the wave that was given up.
             kind, error = Stopped, Stopped(self._stop.requested)

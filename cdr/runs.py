@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import logging
 import secrets
 import signal
 import threading
@@ -19,9 +20,14 @@ from typing import Any, Self
 
 from pyspark.sql import SparkSession
 
+from cdr.commits import MAX_TRIES
 from cdr.tables import RUNS, Warehouse
 
+_logger = logging.getLogger(__name__)
+
 _GRACE_S = 20.0
+# The JVM's notice comes through a socket and a thread of its own, late on a busy machine.
+_ECHO_S = 5.0
 
 
 def new_run_id() -> str:
@@ -68,10 +74,19 @@ class RunLog:
         self._write()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the record; write it if the last write is long enough ago."""
+        """Change fields of the record; write it if the last write is long enough ago.
+
+        It never ends the run: how far a run has come is for those who watch it, and its results
+        are in other tables. What could not be written now is written with the next update or the
+        end.
+        """
         self.record = replace(self.record, **changes)
-        if time.monotonic() >= self._next_write:
-            self._write()
+        if time.monotonic() < self._next_write:
+            return
+        try:
+            self._write(max_tries=1)  # devices wait while waves do
+        except Exception as error:
+            _logger.warning("progress was not written to `runs`, the run goes on: %s", error)
 
     def end(self, outcome: str, *, error: str | None = None, **changes: Any) -> None:
         """Write the outcome and the time."""
@@ -80,14 +95,36 @@ class RunLog:
         )
         self._write()
 
-    def _write(self) -> None:
+    def _write(self, max_tries: int = MAX_TRIES) -> None:
         self._next_write = time.monotonic() + self._interval_s
         values = {name: getattr(self.record, name) for name in RUNS.names()}
         values["counts"] = dict(values["counts"])
         values["input_versions"] = dict(values["input_versions"])
         row = [tuple(values[name] for name in RUNS.names())]
         frame = self._warehouse.spark.createDataFrame(row, RUNS.schema())
-        self._warehouse.replace(RUNS, frame, run_id=self.record.run_id)
+        self._warehouse.replace(RUNS, frame, max_tries=max_tries, run_id=self.record.run_id)
+
+
+@dataclass
+class _Received:
+    """A signal, the monotonic time, and which processes have noticed it (`jvm`, `python`)."""
+
+    name: str
+    at: float
+    noticed_by: set[str]
+
+    def is_noticed_also(self, name: str, *, by: str) -> bool:
+        """Take a notice for one of this signal, if it can be; else it is of a new signal.
+
+        A terminal's Ctrl-C goes to all processes of its group. The same process notices a signal
+        once: its next notice is of a second one, however soon it comes.
+        """
+        is_same = (
+            name == self.name and by not in self.noticed_by and time.monotonic() - self.at < _ECHO_S
+        )
+        if is_same:
+            self.noticed_by.add(by)
+        return is_same
 
 
 class StopSignal:
@@ -96,7 +133,8 @@ class StopSignal:
     Work between two waves looks at `requested`. A wave in flight gets a grace period and is then
     given up (its jobs are cancelled); what was committed stays. Under spark-submit the JVM is the
     process that gets the signal and would take the session down at once, so its handler is
-    replaced too.
+    replaced too. A signal that both get (Ctrl-C in a terminal) counts once; a second one cancels
+    the wave in flight at once.
 
     Args:
         spark: the session whose jobs are cancelled.
@@ -110,8 +148,13 @@ class StopSignal:
         self._spark = spark
         self._deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
         self._grace_s = grace_s
-        self._signalled: str | None = None
+        self._first: _Received | None = None
+        self._last: _Received | None = None
         self._timer: threading.Timer | None = None
+        # Signals come in the main thread, in the JVM's, and the timer has one too. Reentrant, since
+        # a signal may come while the main thread holds it.
+        self._lock = threading.RLock()
+        self._is_over = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -121,16 +164,22 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._timer:
-            self._timer.cancel()
+        self.stand_down()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def stand_down(self) -> None:
+        """Cancel nothing from now on: the work is over, only its record is still to be written."""
+        with self._lock:  # a cancelling on its way is done before this returns
+            self._is_over = True
+            if self._timer:
+                self._timer.cancel()
 
     @property
     def requested(self) -> str | None:
         """Why to stop; None to go on."""
-        if self._signalled:
-            return self._signalled
+        if self._first:
+            return self._first.name
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return "--max-hours is over"
         return None
@@ -138,30 +187,36 @@ class StopSignal:
     @property
     def gave_up(self) -> bool:
         """Whether a signal came, so that an error of Spark's now is the cancelled wave's."""
-        return self._signalled is not None
+        return self._first is not None
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self._stop(signal.Signals(number).name)
+        self._receive(signal.Signals(number).name, by="python")
 
-    def _stop(self, name: str) -> None:
-        if self._signalled:  # a second signal does not wait
-            self._cancel()
-            return
-        self._signalled = name
-        self._timer = threading.Timer(self._grace_s, self._cancel)
-        self._timer.daemon = True
-        self._timer.start()
+    def _receive(self, name: str, *, by: str) -> None:
+        with self._lock:
+            if self._is_over or (self._last and self._last.is_noticed_also(name, by=by)):
+                return
+            self._last = _Received(name, time.monotonic(), {by})
+            if self._first:  # a second signal does not wait
+                self._cancel()
+                return
+            self._first = self._last
+            self._timer = threading.Timer(self._grace_s, self._cancel)
+            self._timer.daemon = True
+            self._timer.start()
 
     def _cancel(self) -> None:
-        with contextlib.suppress(Exception):  # the JVM may be gone; there is nothing to cancel then
-            self._spark.sparkContext.cancelAllJobs()
+        # The JVM may be gone; there is nothing to cancel then.
+        with self._lock, contextlib.suppress(Exception):
+            if not self._is_over:
+                self._spark.sparkContext.cancelAllJobs()
 
     def _take_over_jvm(self) -> None:
-        stop = self._stop
+        receive = self._receive
 
         class Handler:
             def handle(self, received: Any) -> None:
-                stop(f"SIG{received.getName()}")
+                receive(f"SIG{received.getName()}", by="jvm")
 
             class Java:
                 implements = ("sun.misc.SignalHandler",)

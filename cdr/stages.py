@@ -298,7 +298,13 @@ def pair(
     unpaired = chosen.where("no_pair_reason IS NOT NULL").withColumnRenamed(
         "no_pair_reason", "reason"
     )
-    warehouse.replace(PREFERENCES, pairs, **selection)
-    warehouse.replace(UNPAIRED, unpaired, **selection)
+    for table, rows in ((PREFERENCES, pairs), (UNPAIRED, unpaired)):
+        warehouse.replace(
+            table,
+            rows,
+            dataset=plan.dataset,
+            reward_key=plan.reward_key,
+            selection_key=plan.selection_key,
+        )
     ours = reduce(operator.and_, (F.col(name) == value for name, value in selection.items()))
     return warehouse.read(PREFERENCES).where(ours), warehouse.read(UNPAIRED).where(ours)

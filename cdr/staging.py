@@ -8,11 +8,53 @@ machine deletes it.
 from __future__ import annotations
 
 import json
+import os
 import socket
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Self
 
-import psutil
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
+
+from cdr.engines.owner import Owner
+from cdr.errors import TableError
+
+_NOTE = "_owner.json"
+
+
+@dataclass(frozen=True)
+class _Note:
+    """Who works in a folder: written into it, read by later runs.
+
+    Args:
+        host: the machine's name.
+        owner: the driver's process there.
+    """
+
+    host: str
+    owner: Owner
+
+    @classmethod
+    def of_this_process(cls) -> _Note:
+        return cls(socket.gethostname(), Owner.of(os.getpid()))
+
+    @classmethod
+    def parse(cls, text: str) -> _Note | None:
+        """Read a note; None when it is not a whole one."""
+        try:
+            fields = json.loads(text)
+            owner = Owner(pid=int(fields["pid"]), start=int(fields["started"]))
+            return cls(str(fields["host"]), owner)
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    def render(self) -> str:
+        return json.dumps({"host": self.host, "pid": self.owner.pid, "started": self.owner.start})
+
+    def is_of_the_dead(self) -> bool:
+        """Tell whether the process is known to have ended; not known for another machine's."""
+        return self.host == socket.gethostname() and not self.owner.is_alive()
 
 
 class Staging:
@@ -32,12 +74,7 @@ class Staging:
     def __enter__(self) -> Self:
         """Create the folder with a note of who works in it, and delete folders left behind."""
         self._remove_left()
-        me = psutil.Process()
-        owner = {"host": socket.gethostname(), "pid": me.pid, "start": me.create_time()}
-        path = self._path(f"{self._folder}/_owner.json")
-        stream = self._files(path).create(path, True)
-        stream.write(bytearray(json.dumps(owner).encode()))
-        stream.close()
+        self._write_note()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,23 +101,29 @@ class Staging:
         if not files.exists(staging):
             return
         for status in files.listStatus(staging):
-            if self._is_left(f"{status.getPath().toString()}/_owner.json"):
+            note = self._read_note(f"{status.getPath().toString()}/{_NOTE}")
+            # Without a readable note the folder may be that of a run that starts right now.
+            if note is not None and note.is_of_the_dead():
                 files.delete(status.getPath(), True)
 
-    def _is_left(self, owner_file: str) -> bool:
-        path = self._path(owner_file)
-        if not self._files(path).exists(path):
-            return False
+    def _write_note(self) -> None:
+        """Write the note so that others see a whole one or none."""
+        note, unfinished = (self._path(f"{self._folder}/{n}") for n in (_NOTE, f"{_NOTE}.new"))
+        files = self._files(note)
+        with closing(files.create(unfinished, True)) as stream:
+            stream.write(bytearray(_Note.of_this_process().render().encode()))
+        if not files.rename(unfinished, note):
+            raise TableError("the run's staging folder cannot be written", where=self._folder)
+
+    def _read_note(self, place: str) -> _Note | None:
+        path = self._path(place)
         assert self._spark._jvm is not None
-        stream = self._files(path).open(path)
-        owner = json.loads(self._spark._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
-        stream.close()
-        if owner["host"] != socket.gethostname():
-            return False
         try:
-            return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["start"]) > 1)
-        except psutil.NoSuchProcess:
-            return True
+            with closing(self._files(path).open(path)) as stream:
+                text = self._spark._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
+        except Py4JJavaError:  # there is none, its run has just ended, or it is damaged
+            return None
+        return _Note.parse(text)
 
     def _path(self, place: str) -> Any:
         assert self._spark._jvm is not None

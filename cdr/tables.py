@@ -9,8 +9,9 @@ gives it another path or a catalog name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyspark.errors import AnalysisException
@@ -18,6 +19,7 @@ from pyspark.sql import DataFrame, DataFrameWriter, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from cdr.commits import MAX_TRIES, commit
 from cdr.errors import TableError
 
 if TYPE_CHECKING:
@@ -328,16 +330,35 @@ class Warehouse:
         return rows.where("_nth = 1").drop("_nth")
 
     def append(self, table: Table, rows: DataFrame) -> None:
-        """Append rows in one atomic commit, creating the table when it is new."""
-        self._create(table)
-        self._save(table, self._writer(table, rows).mode("append"))
+        """Append rows in one atomic commit, creating the table when it is new.
 
-    def replace(self, table: Table, rows: DataFrame, **values: str) -> None:
-        """Replace the rows whose columns have these values, in one atomic commit."""
-        self._create(table)
+        Raises:
+            TableError: the table has another schema version, or other runs' writes came first each
+                time (`cdr.commits`).
+        """
+        self._commit(table, lambda: self._writer(table, rows).mode("append"), MAX_TRIES)
+
+    def replace(
+        self, table: Table, rows: DataFrame, *, max_tries: int = MAX_TRIES, **values: str
+    ) -> None:
+        """Replace the rows whose columns have these values, in one atomic commit.
+
+        Args:
+            table: the table, created when it is new.
+            rows: they must not be computed from the rows that they replace.
+            max_tries: tries in all when other runs' writes come first (`cdr.commits`).
+            values: what the columns are in the rows to replace; `rows` have the same.
+
+        Raises:
+            TableError: the table has another schema version, or the last try came too late.
+        """
         condition = " AND ".join(f"`{name}` = '{_quoted(v)}'" for name, v in values.items())
-        writer = self._writer(table, rows).mode("overwrite")
-        self._save(table, writer.option("replaceWhere", condition))
+
+        def writer() -> DataFrameWriter:
+            overwrite = self._writer(table, rows).mode("overwrite")
+            return overwrite.option("replaceWhere", condition)
+
+        self._commit(table, writer, max_tries)
 
     def version(self, table: Table) -> int | None:
         """Give the latest Delta version; None where the table does not exist."""
@@ -345,6 +366,38 @@ class Warehouse:
             return None
         row = self._delta(table).history(1).select("version").first()
         return None if row is None else int(row["version"])
+
+    def _commit(
+        self, table: Table, make_writer: Callable[[], DataFrameWriter], max_tries: int
+    ) -> None:
+        def write() -> None:
+            try:
+                self._create(table)
+                self._save(table, make_writer())
+            except Exception:
+                # Another run may have created or changed the table: the next try checks it anew.
+                self._checked.discard(table.name)
+                raise
+
+        commit(write, table=table.name, lock=self._lock(table), max_tries=max_tries)
+
+    def _lock(self, table: Table) -> Path | None:
+        """Give the lock file of a table in a local folder.
+
+        None elsewhere, and for catalog names: a catalog that several processes can open is not one
+        of a single machine's disk.
+        """
+        place = self.place(table)
+        if not _is_path(place):
+            return None
+        jvm = self.spark._jvm
+        assert jvm is not None
+        path = jvm.org.apache.hadoop.fs.Path(place)
+        files = path.getFileSystem(self.spark._jsc.hadoopConfiguration())
+        if files.getScheme() != "file":
+            return None
+        folder = Path(files.makeQualified(path).toUri().getPath())
+        return folder.parent / "_locks" / folder.name
 
     def _writer(self, table: Table, rows: DataFrame) -> DataFrameWriter:
         missing = [name for name in table.names() if name not in rows.columns]
@@ -370,7 +423,8 @@ class Warehouse:
             self._check(table)
             return
         place = self.place(table)
-        builder = DeltaTable.createIfNotExists(self.spark)
+        # Not "if not exists": a table that another run has just created is to be checked.
+        builder = DeltaTable.create(self.spark)
         builder = builder.location(place) if _is_path(place) else builder.tableName(place)
         builder = builder.addColumns(table.schema()).comment(table.grain)
         builder = builder.property(_VERSION_PROPERTY, str(SCHEMA_VERSION))

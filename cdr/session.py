@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdr.errors import SetupError
+from cdr.text_files import package_conf
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -127,9 +128,7 @@ def find_java() -> Path:
 
 def local_settings() -> Path:
     """Give the properties file for Spark on one machine, in a checkout or an installed wheel."""
-    root = Path(__file__).resolve().parent.parent
-    folder = root / "conf" if (root / "conf").is_dir() else root / "cdr_conf"
-    return folder / "cluster" / "local.conf"
+    return package_conf() / "cluster" / "local.conf"
 
 
 def delta_remedy(spark_version: str) -> str:

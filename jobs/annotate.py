@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from cdr.annotation import AnnotationRun, make_context
-from cdr.cli import OK, run_job
+from cdr.cli import OK, end, run_job
 from cdr.config import load_annotate_config
 from cdr.forecast import assume_routes, forecast
 from cdr.plan import AnnotationPlan, plan_annotation
@@ -42,7 +42,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "exit codes: 0 done, 1 failed, 2 bad config, input or setup, 3 finished above a\n"
         "threshold of rejected or failed rows, 4 stopped early (run again to go on)",
     )
-    parser.add_argument("--config", required=True, help="annotate YAML, see conf/annotate/")
+    parser.add_argument(
+        "--config", required=True, help="annotate YAML: a path or URI, see conf/annotate/"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value"
     )
@@ -105,5 +107,10 @@ def dry_run(plan: AnnotationPlan, warehouse: Warehouse) -> int:
     return OK
 
 
+def run() -> None:
+    """Run as a program: this script, the command `cdr-annotate`, or a wheel task of Databricks."""
+    end(run_job(main))
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    run()

@@ -11,11 +11,10 @@ runs. Run it again to go on after an interruption: only what is missing is sampl
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdr.cli import run_job
+from cdr.cli import end, run_job
 from cdr.sampling import load_generate_config, plan_sampling
 from cdr.sampling_run import SamplingRun
 from cdr.sampling_stages import export_samples, plan_samples, sample_wave
@@ -74,5 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run.exit_code
 
 
+def run() -> None:
+    """Run as a program: this script, the command `cdr-generate`, or a wheel task of Databricks."""
+    end(run_job(main))
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    run()

@@ -71,7 +71,8 @@ def get_session(app_name: str, *, warehouse: str | None = None) -> SparkSession:
         _submit_with_local_settings(os.environ)
 
     builder = SparkSession.builder.appName(app_name)
-    if warehouse is not None and ":/" not in warehouse:
+    on_databricks = "DATABRICKS_RUNTIME_VERSION" in os.environ
+    if warehouse is not None and ":/" not in warehouse and not on_databricks:
         catalog = Path(warehouse).absolute() / "catalog"
         builder = builder.config("spark.sql.warehouse.dir", str(catalog))
     try:

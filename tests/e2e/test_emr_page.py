@@ -5,6 +5,8 @@ A server plays AWS. What is asserted is what EMR would have got.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 
 import boto3
 import pytest
+from moto.moto_api import recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/how-to/emr.md").read_text()
@@ -39,13 +42,24 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     }.items():
         monkeypatch.setenv(name, value)
     boto3.client("s3").create_bucket(Bucket="my-bucket")
+    monkeypatch.chdir(tmp_path)  # the recording lies in the working directory
+    recorder.start_recording()
     checkout = tmp_path / "checkout"
     (checkout / "dist").mkdir(parents=True)
     (checkout / "conf").symlink_to(ROOT / "conf")
     (checkout / "dist/cdr_annotate-0.1.0-py3-none-any.whl").touch()
     (checkout / "annotate.yaml").write_text(CONFIG)
     yield checkout
+    recorder.stop_recording()
     server.stop()
+
+
+def asked() -> Iterator[tuple[str, Any]]:
+    """Give every call that the server got: its name and its parameters."""
+    for line in recorder.download_recording().splitlines():
+        call = json.loads(line)
+        if target := call["headers"].get("X-Amz-Target"):
+            yield target, json.loads(base64.b64decode(call["body"]))
 
 
 def type_in(checkout: Path, *commands: str) -> subprocess.CompletedProcess[str]:
@@ -79,14 +93,17 @@ def test_the_commands_of_the_page_create_the_cluster_and_its_steps(aws: Path) ->
     assert {application["Name"] for application in cluster["Applications"]} == {"Hadoop", "Spark"}
     given = {c["Classification"]: c["Properties"] for c in cluster["Configurations"]}
     assert given["spark-defaults"]["spark.executor.memoryOverhead"] == "64g"
-    fleets = emr.list_instance_fleets(ClusterId=listed["Id"])["InstanceFleets"]
+    # The server keeps no fleets: what it was asked for.
+    [request] = [call for target, call in asked() if target == "ElasticMapReduce.RunJobFlow"]
     sizes = {
         fleet["InstanceFleetType"]: (
-            fleet["TargetOnDemandCapacity"], fleet.get("TargetSpotCapacity", 0)
+            fleet.get("TargetOnDemandCapacity", 0), fleet.get("TargetSpotCapacity", 0)
         )
-        for fleet in fleets
+        for fleet in request["Instances"]["InstanceFleets"]
     }  # fmt: skip
     assert sizes == {"MASTER": (1, 0), "CORE": (1, 0), "TASK": (0, 3)}
+    assert request["AutoTerminationPolicy"] == {"IdleTimeout": 3600}
+    assert request["ServiceRole"] == "EMR_DefaultRole"
     [action] = emr.list_bootstrap_actions(ClusterId=listed["Id"])["BootstrapActions"]
     assert action["ScriptPath"] == "s3://my-bucket/cdr/bootstrap.sh"
     assert action["Args"] == ["s3://my-bucket/cdr/dist"]

@@ -117,6 +117,13 @@ def test_the_entry_point_is_a_command_of_the_wheel() -> None:
     assert callable(getattr(import_module(module), function))
 
 
+def test_pages_and_files_name_the_wheel_that_is_built() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    places = [*(ROOT / "docs/how-to").glob("*.md"), *CLUSTER.rglob("*.yml")]
+    named = {w for p in places for w in re.findall(r"cdr_annotate-[\w.\-]+\.whl", p.read_text())}
+    assert named == {f"cdr_annotate-{project['version']}-py3-none-any.whl"}
+
+
 def references(tree: Any) -> set[str]:
     return set(re.findall(r"\$\{([^}]*)\}", json.dumps(tree)))
 

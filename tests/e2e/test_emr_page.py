@@ -127,7 +127,7 @@ def test_the_commands_of_the_page_create_the_cluster_and_its_steps(aws: Path) ->
     ("file", "right", "wrong"),
     [
         ("instance-fleets.json", "WeightedCapacity", "WeightedCapacty"),
-        ("configurations.json", '"Classification": "yarn-site"', '"Clasification": "yarn-site"'),
+        ("configurations.json", "Configurations", "Configuratoins"),
         ("steps.json", "ActionOnFailure", "ActionOnFailures"),
     ],
 )
@@ -142,4 +142,4 @@ def test_a_typo_in_a_file_ends_the_command(aws: Path, file: str, right: str, wro
         )
     done = type_in(aws, *(text for text in COMMANDS[:-1] if "aws s3 cp" not in text))
     assert done.returncode != 0
-    assert wrong.split('"')[-1] in done.stderr or wrong.split('"')[1] in done.stderr
+    assert wrong in done.stderr

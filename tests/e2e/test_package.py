@@ -45,7 +45,7 @@ class Installed:
             env={**environ, "PYSPARK_PYTHON": str(self.python)},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=900,
         )
 
 

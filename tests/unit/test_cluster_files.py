@@ -50,6 +50,8 @@ RELEASE = re.findall(r"--release-label (emr-\S+)", EMR_PAGE)[0]
 FREE_MAPS = {"spark_conf", "spark_env_vars", "Properties"}
 """Keys whose values are settings of another program: checked against that program below."""
 
+USER = "someone@example.org"
+
 Place = tuple[str | int, ...]
 
 
@@ -137,7 +139,7 @@ def test_every_variable_is_declared_and_used() -> None:
 
 def substituted(text: str) -> str:
     values = {f"var.{name}": v["default"] for name, v in BUNDLE["variables"].items()}
-    values["workspace.current_user.userName"] = "someone@example.org"
+    values["workspace.current_user.userName"] = USER
     while found := re.search(r"\$\{([^}]*)\}", text):
         text = text.replace(found[0], str(values[found[1]]))
     return text
@@ -165,7 +167,7 @@ def test_the_databricks_task_has_valid_arguments(tmp_path: Path) -> None:
     # What annotate writes, by the names that SQL knows.
     written = {table.name for table in TABLES} - {COMPLETIONS.name}
     assert config.tables == {name: f"main.cdr.{name}" for name in written}
-    assert config.tracking.experiment == "/Users/someone@example.org/cdr-annotate"
+    assert config.tracking.experiment == f"/Users/{USER}/cdr-annotate"
 
 
 # --- EMR ---------------------------------------------------------------------------------------

@@ -170,6 +170,18 @@ def test_the_databricks_task_has_valid_arguments(tmp_path: Path) -> None:
     assert config.tracking.experiment == f"/Users/{USER}/cdr-annotate"
 
 
+def test_the_trial_of_the_databricks_page_has_valid_arguments(tmp_path: Path) -> None:
+    page = (ROOT / "docs/how-to/databricks.md").read_text()
+    [common] = re.findall(r'^common="(.*?)"', page, re.DOTALL | re.MULTILINE)
+    trials = re.findall(r"bundle run annotate -- \$common (.*)", page)
+    assert trials == ["--dry-run", "--limit 20"]
+    for trial in trials:
+        arguments = parse([*common.split(), *trial.split()])
+        config = load_annotate_config(page_config("databricks.md", tmp_path), arguments.set)
+        assert config.warehouse == "/Volumes/main/cdr/files/trial"
+        assert config.tables == {}
+
+
 # --- EMR ---------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup demo test test-cluster check lint types unit format benchmark docs requirements clean
+.PHONY: help setup demo test test-cluster check lint types unit format benchmark docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -78,6 +78,15 @@ benchmark: setup ## Compare the engine with a padded Hugging Face loop, in one r
 docs: $(READY) ## Write the generated reference pages anew
 	@$(BIN)/python -m cdr.config_reference > docs/reference/config.md
 	@$(BIN)/python -m cdr.tables > docs/reference/tables.md
+
+package: $(READY) ## Build the wheel that clusters install
+	@rm -rf dist
+	@$(BIN)/uv build --quiet --wheel --out-dir dist .
+	@wheel=$$(ls dist/*.whl); \
+	  echo "$$wheel: the library, the jobs (cdr-annotate, cdr-generate) and conf/"; \
+	  echo "  on this machine  pip install '$$wheel[spark]', then cdr-annotate --help"; \
+	  echo "  on Databricks    docs/how-to/databricks.md"; \
+	  echo "  on EMR           docs/how-to/emr.md"
 
 requirements: $(READY) ## Pin the newest versions that fit conf/requirements-constraints.txt
 	@$(BIN)/uv pip compile --quiet pyproject.toml -c conf/requirements-constraints.txt \

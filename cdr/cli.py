@@ -81,6 +81,16 @@ def run_job(job: Callable[[], int]) -> int:
         return FAILED
 
 
+def end(exit_code: int) -> None:
+    """End a program with its exit code; where that is 0, just return.
+
+    A wheel task of Databricks calls the entry point in a Python of its own: it does not look at
+    what that returns, and takes any exception, SystemExit too, for a failure.
+    """
+    if exit_code != OK:
+        sys.exit(exit_code)
+
+
 def explain_spark_error(error: BaseException) -> str | None:
     """Say what went wrong inside a Spark job; None when it is not an error this knows."""
     text = str(error)

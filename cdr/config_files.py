@@ -4,6 +4,7 @@
    place of the name.
 2. A value that starts with `./` or `../` inside a file is a path relative to that file.
    Anything else (absolute paths, `s3://...`, hub ids, paths given by `--set`) is taken as it is.
+   Files may lie behind a URI or in the package itself: `cdr.text_files`.
 3. `--set a.b=c` wins over files. `${oc.env:NAME,default}` reads the environment (OmegaConf).
 
 Every problem of a file is reported at once, with its key, what was expected and what was given.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from cdr.errors import ConfigError
+from cdr.text_files import read_text, resolve_beside
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -50,7 +53,7 @@ def load_config(model: type[_Model], path: str | Path, overrides: Sequence[str] 
 
     Args:
         model: what the file has to hold; forbids unknown keys.
-        path: the YAML file.
+        path: the YAML file: a path, a URI, or `conf/...` for one of the package's own.
         overrides: `a.b=c` items, strongest last; `field=FILE` swaps the whole content of a field
             marked `MayBeFile`, before the items that change a part of it.
 
@@ -94,7 +97,7 @@ def validate_config(model: type[_Model], path: str | Path, tree: Mapping[str, An
 def _read_tree(
     path: str | Path, overrides: Sequence[str], may_be_file: Sequence[str]
 ) -> dict[str, Any]:
-    tree = _read_yaml(Path(path))
+    tree = _read_yaml(str(path))
     malformed = [item for item in overrides if not _OVERRIDE.match(item)]
     if malformed:
         raise ConfigError(
@@ -110,7 +113,7 @@ def _read_tree(
             changes.append(item)
     for key in may_be_file:
         if isinstance(tree.get(key), str):
-            tree[key] = _read_yaml(Path(tree[key]))
+            tree[key] = _read_yaml(tree[key])
     merged = OmegaConf.create(tree)
     problems = []
     for item in changes:
@@ -142,29 +145,28 @@ def _unresolvable(node: Any, prefix: str = "") -> Iterator[str]:
                 yield from _unresolvable(value, f"{prefix}{key}.")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(place: str) -> dict[str, Any]:
     try:
         # OmegaConf's loader, unlike PyYAML's, refuses a key that stands twice.
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        loaded = OmegaConf.load(io.StringIO(read_text(place)))
+        tree = OmegaConf.to_container(loaded, resolve=False)
     except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file"], fix="see the files in conf/") from None
+        raise ConfigError([f"{place}: no such file"], fix="see the files in conf/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([f"cannot be read as YAML: {error}"], where=str(path)) from None
+        raise ConfigError([f"cannot be read as YAML: {error}"], where=place) from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            [f"expected a mapping of keys, got {type(tree).__name__}"], where=str(path)
-        )
-    anchored: dict[str, Any] = _anchor_paths(tree, path.resolve().parent)
+        raise ConfigError([f"expected a mapping of keys, got {type(tree).__name__}"], where=place)
+    anchored: dict[str, Any] = _anchor_paths(tree, place)
     return anchored
 
 
-def _anchor_paths(value: Any, folder: Path) -> Any:
+def _anchor_paths(value: Any, place: str) -> Any:
     if isinstance(value, dict):
-        return {key: _anchor_paths(item, folder) for key, item in value.items()}
+        return {key: _anchor_paths(item, place) for key, item in value.items()}
     if isinstance(value, list):
-        return [_anchor_paths(item, folder) for item in value]
+        return [_anchor_paths(item, place) for item in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
-        return str((folder / value).resolve())
+        return resolve_beside(value, place)
     return value
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_chat_template
 from cdr.config import AnnotateConfig, Condition, RewardSpec, content_hash
@@ -19,6 +18,7 @@ from cdr.models import ResolvedModel, resolve_models
 from cdr.prompt_pack import PromptPack, load_prompt_pack
 from cdr.reward import reward_key
 from cdr.router import router_key
+from cdr.text_files import read_text
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,12 @@ def _template(reward: RewardSpec, models: Mapping[str, ResolvedModel], model: Re
             )
         return text
     try:
-        return Path(choice).read_text(encoding="utf-8")
+        return read_text(choice)
     except OSError as error:
         raise ConfigError(
             [
                 "encoding.template: expected 'strong', 'own', 'plain' or a Jinja file, "
-                f"got '{choice}' ({error.strerror})"
+                f"got '{choice}' ({error.strerror or error})"
             ],
             where=f"reward '{reward.name}'",
         ) from None

@@ -36,6 +36,7 @@ from pydantic import (
 from cdr.config import content_hash
 from cdr.config_files import validate_config
 from cdr.errors import ConfigError, RejectReason, RowRejected
+from cdr.text_files import read_text
 
 if TYPE_CHECKING:
     from cdr.chat import Message
@@ -294,13 +295,13 @@ def load_prompt_pack(path: str | Path) -> PromptPack:
     """Read a prompt pack.
 
     Args:
-        path: the YAML file.
+        path: the YAML file: a path, a URI, or `conf/...` for one of the package's own.
 
     Raises:
         ConfigError: with every problem found.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        tree = yaml.load(read_text(str(path)), _UniqueKeyLoader)
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file"], fix="see the files in conf/prompts/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

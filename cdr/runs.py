@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import logging
+import os
 import secrets
 import signal
 import threading
@@ -158,9 +159,11 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._on_signal)
-        self._take_over_jvm()
+        if threading.current_thread() is threading.main_thread():  # others may not
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._on_signal)
+        if "DATABRICKS_RUNTIME_VERSION" not in os.environ:  # its JVM is the platform's, not ours
+            self._take_over_jvm()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -32,6 +32,7 @@ from cdr.encoding import TokenizerSpec
 from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
+from cdr.text_files import read_text
 
 
 class PromptColumnsSpec(Spec):
@@ -193,11 +194,11 @@ def _template(config: GenerateConfig) -> str:
             )
         return text
     try:
-        return Path(choice).read_text(encoding="utf-8")
+        return read_text(choice)
     except OSError as error:
         raise ConfigError(
             [
                 "template: expected 'own', 'plain' or a Jinja file, "
-                f"got '{choice}' ({error.strerror})"
+                f"got '{choice}' ({error.strerror or error})"
             ]
         ) from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdr.errors import SetupError
+from cdr.text_files import package_conf
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -70,7 +71,8 @@ def get_session(app_name: str, *, warehouse: str | None = None) -> SparkSession:
         _submit_with_local_settings(os.environ)
 
     builder = SparkSession.builder.appName(app_name)
-    if warehouse is not None and ":/" not in warehouse:
+    on_databricks = "DATABRICKS_RUNTIME_VERSION" in os.environ
+    if warehouse is not None and ":/" not in warehouse and not on_databricks:
         catalog = Path(warehouse).absolute() / "catalog"
         builder = builder.config("spark.sql.warehouse.dir", str(catalog))
     try:
@@ -127,9 +129,7 @@ def find_java() -> Path:
 
 def local_settings() -> Path:
     """Give the properties file for Spark on one machine, in a checkout or an installed wheel."""
-    root = Path(__file__).resolve().parent.parent
-    folder = root / "conf" if (root / "conf").is_dir() else root / "cdr_conf"
-    return folder / "cluster" / "local.conf"
+    return package_conf() / "cluster" / "local.conf"
 
 
 def delta_remedy(spark_version: str) -> str:

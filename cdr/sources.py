@@ -18,6 +18,7 @@ from pyspark.sql import types as T
 
 from cdr.config import SourceSpec
 from cdr.errors import InputError
+from cdr.staging import hadoop_place
 from cdr.unreadable import explain_unreadable
 
 
@@ -182,7 +183,7 @@ def check_columns(
 def _exists(spark: SparkSession, place: str) -> bool:
     """Ask the file system that Spark would read from; a pattern exists when something fits it."""
     assert spark._jvm is not None
-    path = spark._jvm.org.apache.hadoop.fs.Path(place)
+    path = spark._jvm.org.apache.hadoop.fs.Path(hadoop_place(place))
     files = path.getFileSystem(spark._jsparkSession.sessionState().newHadoopConf())
     # A name with brackets is a pattern, but may be meant as it stands.
     return bool(files.exists(path) or files.globStatus(path))

@@ -57,6 +57,16 @@ class _Note:
         return self.host == socket.gethostname() and not self.owner.is_alive()
 
 
+def hadoop_place(place: str) -> str:
+    """Give the name by which Hadoop's file systems know a folder.
+
+    Databricks' readers and writers know a volume as `/Volumes/...`, but its Hadoop file system
+    refuses that path ("No operations allowed on this path"); it does know the mounted folder.
+    """
+    mounted = place.removeprefix("dbfs:")
+    return f"file:{mounted}" if mounted.startswith("/Volumes/") else place
+
+
 class Staging:
     """One run's folder.
 
@@ -127,7 +137,7 @@ class Staging:
 
     def _path(self, place: str) -> Any:
         assert self._spark._jvm is not None
-        return self._spark._jvm.org.apache.hadoop.fs.Path(place)
+        return self._spark._jvm.org.apache.hadoop.fs.Path(hadoop_place(place))
 
     def _files(self, path: Any) -> Any:
         return path.getFileSystem(self._spark._jsc.hadoopConfiguration())

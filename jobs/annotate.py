@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from cdr.annotation import AnnotationRun, make_context
-from cdr.cli import OK, make_parser, overrides, run_job
+from cdr.cli import OK, end, make_parser, overrides, run_job
 from cdr.config import load_annotate_config
 from cdr.forecast import assume_routes, forecast
 from cdr.placement import place
@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(
         __doc__,
-        config="annotate YAML, see conf/annotate/",
+        config="annotate YAML: a path or URI, see conf/annotate/",
         limit="results go to the dataset NAME.limit-N, scores are kept for later",
         epilog="examples of --set:\n"
         "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
@@ -96,5 +96,10 @@ def dry_run(plan: AnnotationPlan, warehouse: Warehouse) -> int:
     return OK
 
 
+def run() -> None:
+    """Run as a program: this script, the command `cdr-annotate`, or a wheel task of Databricks."""
+    end(run_job(main))
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    run()

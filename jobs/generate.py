@@ -11,11 +11,10 @@ runs. Run it again to go on after an interruption: only what is missing is sampl
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdr.cli import make_parser, overrides, run_job
+from cdr.cli import end, make_parser, overrides, run_job
 from cdr.sampling import load_generate_config, plan_sampling
 from cdr.sampling_run import SamplingRun
 from cdr.sampling_stages import export_samples, plan_samples, sample_wave
@@ -28,7 +27,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(
         __doc__,
-        config="sampling YAML, see conf/generate/",
+        config="sampling YAML: a path or URI, see conf/generate/",
         limit="their samples are kept, a run without --limit adds the rest",
         epilog="examples of --set:\n"
         "  --set policy.path=my/policy --set dataset=round-2     another policy\n"
@@ -59,5 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run.exit_code
 
 
+def run() -> None:
+    """Run as a program: this script, the command `cdr-generate`, or a wheel task of Databricks."""
+    end(run_job(main))
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    run()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pyspark import SparkContext
 
+from cdr.cli import end
 from cdr.errors import SetupError
 from cdr.session import DELTA_PACKAGES, delta_remedy, find_java, get_session, local_settings
 
@@ -117,3 +118,11 @@ def test_every_local_setting_is_explained() -> None:
     assert all(block.startswith("#") for block in blocks)
     # spark-submit ignores other keys with a mere warning.
     assert all(key.startswith("spark.") for key in read_settings())
+
+
+def test_a_program_that_went_well_just_returns() -> None:
+    # Databricks takes any exception of a wheel task, `sys.exit(0)` as well, for a failure.
+    end(0)
+    with pytest.raises(SystemExit) as caught:
+        end(3)
+    assert caught.value.code == 3

@@ -1,0 +1,119 @@
+"""The wheel alone, in an environment of its own and away from the checkout, as clusters have it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ROOT, Job, make_rows
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An environment with the wheel.
+
+    Args:
+        venv: its folder.
+        cwd: an empty folder to run in.
+    """
+
+    venv: Path
+    cwd: Path
+
+    @property
+    def python(self) -> Path:
+        return self.venv / "bin/python"
+
+    @property
+    def packages(self) -> Path:
+        return Path(sysconfig.get_path("purelib", vars={"base": str(self.venv)}))
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run a command with nothing in its environment that leads to the checkout."""
+        leads = ("PYTHONPATH", "VIRTUAL_ENV", "SPARK_HOME", "SPARK_CONF_DIR", "PYSPARK_SUBMIT_ARGS")
+        environ = {key: value for key, value in os.environ.items() if key not in leads}
+        return subprocess.run(
+            [str(word) for word in command],
+            cwd=self.cwd,
+            env={**environ, "PYSPARK_PYTHON": str(self.python)},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """Build the wheel as `make package` does, and install it."""
+    folder = tmp_path_factory.mktemp("package")
+    uv = Path(sys.executable).parent / "uv"
+    build = [uv, "build", "--quiet", "--wheel", "--out-dir", folder / "dist", ROOT]
+    subprocess.run(build, check=True)
+    [wheel] = (folder / "dist").glob("*.whl")
+    place = Installed(folder / "venv", folder / "cwd")
+    place.cwd.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place.venv], check=True)
+    install = [uv, "pip", "install", "--quiet", "--no-deps", "--python", place.python, wheel]
+    subprocess.run(install, check=True)
+    # The dependencies are the tests' own. A path in a .pth file is only searched: the .pth files
+    # in it, such as the one of the editable install of the checkout, are not read.
+    (place.packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return place
+
+
+def test_nothing_of_the_checkout_is_imported(installed: Installed) -> None:
+    report = "import cdr, udfs, jobs, sys; print(cdr.__file__, udfs.__file__, jobs.__file__)"
+    done = installed.run(installed.python, "-c", f"{report}; print(*sys.path)")
+    assert done.returncode == 0, done.stderr
+    modules, path = done.stdout.splitlines()
+    assert all(name.startswith(str(installed.packages)) for name in modules.split())
+    assert str(ROOT) not in path.split()
+
+
+def test_the_command_annotates(installed: Installed, make_job: Callable[..., Job]) -> None:
+    job = make_job(make_rows(range(6), range(3)))
+    done = installed.run(installed.venv / "bin/cdr-annotate", "--config", job.config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(job.rows("rewards")) == 18
+    assert len(job.rows("preferences")) == 6
+    assert len(job.rows("logprobs")) == 2 * 18
+    # Nothing but tables: no spark-warehouse, no log of a database.
+    assert list(installed.cwd.iterdir()) == []
+
+
+def test_the_installed_script_runs_a_config_of_the_wheel_under_spark_submit(
+    installed: Installed, demo_model: Path, tmp_path: Path
+) -> None:
+    done = installed.run(
+        *(Path(sys.executable).parent / "spark-submit", "--properties-file"),
+        *(installed.packages / "cdr_conf/cluster/local.conf",),
+        *(installed.packages / "jobs/annotate.py", "--config", "conf/annotate/demo.yaml"),
+        *("--set", f"warehouse={tmp_path}/warehouse", "--dry-run"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "56" in done.stdout
+    assert "224" in done.stdout
+
+
+CALL = """
+import sys
+from importlib.metadata import distribution
+[entry] = [e for e in distribution("cdr_annotate").entry_points if e.name == "cdr-annotate"]
+sys.argv = ["cdr-annotate", "--config", sys.argv[1]]
+print("returned", entry.load()())
+"""
+
+
+def test_a_wheel_task_fails_by_an_exception_and_says_why(installed: Installed) -> None:
+    # Databricks finds the entry point in the package's metadata and calls it.
+    done = installed.run(installed.python, "-c", CALL, "conf/annotate/nothing.yaml")
+    assert done.returncode == 2
+    assert "conf/annotate/nothing.yaml: no such file" in done.stderr
+    assert "returned" not in done.stdout

@@ -1,0 +1,480 @@
+"""The files of conf/cluster against the vendors' own models: every key is one they know.
+
+Databricks: the dataclasses of databricks-bundles. EMR: botocore's service model and AWS' list of
+instance types (in moto). Spark and YARN settings: the constants in Spark's and Hadoop's own jars.
+Nothing here needs a network. The commands of docs/how-to/emr.md are run in tests/e2e.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyspark
+import pytest
+import yaml
+from botocore.session import get_session
+from botocore.validate import ParamValidator
+from databricks.bundles.jobs import DataSecurityMode, Job
+from moto import mock_aws
+
+from cdr.config import load_annotate_config
+from cdr.tables import COMPLETIONS, TABLES
+from jobs.annotate import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "conf" / "cluster"
+EMR = CLUSTER / "emr"
+BUNDLE = yaml.safe_load((CLUSTER / "databricks" / "databricks.yml").read_text())
+JOB = BUNDLE["resources"]["jobs"]["annotate"]
+TASK = JOB["tasks"][0]
+NEW_CLUSTER = JOB["job_clusters"][0]["new_cluster"]
+FLEETS = json.loads((EMR / "instance-fleets.json").read_text())
+CONFIGURATIONS = json.loads((EMR / "configurations.json").read_text())
+STEP = json.loads((EMR / "steps.json").read_text())[0]
+EMR_PAGE = (ROOT / "docs/how-to/emr.md").read_text()
+RELEASE = re.findall(r"--release-label (emr-\S+)", EMR_PAGE)[0]
+
+FREE_MAPS = {"spark_conf", "spark_env_vars", "Properties"}
+"""Keys whose values are settings of another program: checked against that program below."""
+
+USER = "someone@example.org"
+
+Place = tuple[str | int, ...]
+
+
+def keys_of(tree: Any, place: Place = ()) -> Iterator[Place]:
+    """Give the place of every key of nested dicts and lists, those of free maps left out."""
+    items: Iterator[tuple[str | int, Any]] = iter(())
+    if isinstance(tree, dict):
+        items = iter(tree.items())
+    elif isinstance(tree, list):
+        items = iter(enumerate(tree))
+    for key, value in items:
+        if isinstance(key, str):
+            yield (*place, key)
+        if key not in FREE_MAPS:
+            yield from keys_of(value, (*place, key))
+
+
+def with_typo(tree: Any, place: Place) -> Any:
+    """Give a copy with the key at a place misspelt."""
+    changed = copy.deepcopy(tree)
+    inner = changed
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[f"{place[-1]}s"] = inner.pop(place[-1])
+    return changed
+
+
+def named(places: Iterator[Place]) -> list[Any]:
+    return [pytest.param(place, id=".".join(map(str, place))) for place in places]
+
+
+# --- Databricks --------------------------------------------------------------------------------
+
+
+def test_databricks_knows_every_key_of_the_job() -> None:
+    job = Job.from_dict(copy.deepcopy(JOB))
+    assert job.tasks[0].python_wheel_task is not None
+    cluster = job.job_clusters[0].new_cluster
+    assert cluster.data_security_mode == DataSecurityMode.DATA_SECURITY_MODE_DEDICATED
+    assert set(BUNDLE) == {"bundle", "variables", "targets", "resources"}
+    assert set(BUNDLE["resources"]) == {"jobs"}
+
+
+@pytest.mark.parametrize("place", named(keys_of(JOB)))
+def test_databricks_refuses_a_typo(place: Place) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"Unexpected field|missing .* required"):
+        Job.from_dict(with_typo(JOB, place))
+
+
+def test_the_task_runs_on_its_cluster_with_the_wheel_it_needs() -> None:
+    assert {task["job_cluster_key"] for task in JOB["tasks"]} == {
+        cluster["job_cluster_key"] for cluster in JOB["job_clusters"]
+    }
+    assert TASK["libraries"] == [{"whl": "${var.wheel}"}]
+    assert "spark_submit_task" not in TASK
+
+
+def test_the_entry_point_is_a_command_of_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wheel = TASK["python_wheel_task"]
+    assert wheel["package_name"] == project["name"].replace("-", "_")
+    version = f"{wheel['package_name']}-{project['version']}-py3-none-any.whl"
+    assert BUNDLE["variables"]["wheel"]["default"].endswith(f"/{version}")
+    module, _, function = project["scripts"][wheel["entry_point"]].partition(":")
+    assert callable(getattr(import_module(module), function))
+
+
+def test_pages_and_files_name_the_wheel_that_is_built() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    places = [*(ROOT / "docs/how-to").glob("*.md"), *CLUSTER.rglob("*.yml")]
+    named = {w for p in places for w in re.findall(r"cdr_annotate-[\w.\-]+\.whl", p.read_text())}
+    assert named == {f"cdr_annotate-{project['version']}-py3-none-any.whl"}
+
+
+def references(tree: Any) -> set[str]:
+    return set(re.findall(r"\$\{([^}]*)\}", json.dumps(tree)))
+
+
+def test_every_variable_is_declared_and_used() -> None:
+    declared = {f"var.{name}" for name in BUNDLE["variables"]}
+    assert references(BUNDLE) - declared == {"workspace.current_user.userName"}
+    assert declared - references(BUNDLE) == set()
+    assert all({"description", "default"} == set(v) for v in BUNDLE["variables"].values())
+
+
+def substituted(text: str) -> str:
+    values = {f"var.{name}": v["default"] for name, v in BUNDLE["variables"].items()}
+    values["workspace.current_user.userName"] = USER
+    while found := re.search(r"\$\{([^}]*)\}", text):
+        text = text.replace(found[0], str(values[found[1]]))
+    return text
+
+
+def test_the_runtime_is_one_for_machine_learning_with_gpus_from_17_3_on() -> None:
+    version = substituted(NEW_CLUSTER["spark_version"])
+    found = re.fullmatch(r"(\d+)\.(\d+)\.x-gpu-ml-scala2\.13", version)
+    assert found is not None
+    assert (int(found[1]), int(found[2])) >= (17, 3)
+
+
+def page_config(page: str, folder: Path) -> Path:
+    """Write the YAML that a how-to page shows to a file."""
+    text = (ROOT / "docs/how-to" / page).read_text()
+    (folder / "annotate.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    return folder / "annotate.yaml"
+
+
+def test_the_databricks_task_has_valid_arguments(tmp_path: Path) -> None:
+    arguments = parse([substituted(item) for item in TASK["python_wheel_task"]["parameters"]])
+    assert arguments.config == "/Volumes/main/cdr/files/annotate.yaml"
+    config = load_annotate_config(page_config("databricks.md", tmp_path), arguments.set)
+    assert config.warehouse == "/Volumes/main/cdr/files/warehouse"
+    # What annotate writes, by the names that SQL knows.
+    written = {table.name for table in TABLES} - {COMPLETIONS.name}
+    assert config.tables == {name: f"main.cdr.{name}" for name in written}
+    assert config.tracking.experiment == f"/Users/{USER}/cdr-annotate"
+
+
+def test_the_trial_of_the_databricks_page_has_valid_arguments(tmp_path: Path) -> None:
+    page = (ROOT / "docs/how-to/databricks.md").read_text()
+    [common] = re.findall(r'^common="(.*?)"', page, re.DOTALL | re.MULTILINE)
+    trials = re.findall(r"bundle run annotate -- \$common (.*)", page)
+    assert trials == ["--dry-run", "--limit 20"]
+    for trial in trials:
+        arguments = parse([*common.split(), *trial.split()])
+        config = load_annotate_config(page_config("databricks.md", tmp_path), arguments.set)
+        assert config.warehouse == "/Volumes/main/cdr/files/trial"
+        assert config.tables == {}
+
+
+# --- EMR ---------------------------------------------------------------------------------------
+
+
+def problems(shape: str, value: Any) -> str:
+    """Say what botocore finds wrong with a value of one of EMR's shapes; empty: nothing."""
+    shapes = get_session().get_service_model("emr")
+    return str(ParamValidator().validate(value, shapes.shape_for(shape)).generate_report())
+
+
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [("InstanceFleetConfigList", FLEETS), ("ConfigurationList", CONFIGURATIONS)],
+    ids=["fleets", "configurations"],
+)
+def test_emr_knows_every_key(shape: str, value: Any) -> None:
+    assert problems(shape, value) == ""
+
+
+@pytest.mark.parametrize("place", named(keys_of(FLEETS)))
+def test_emr_refuses_a_typo_in_the_fleets(place: Place) -> None:
+    assert f'"{place[-1]}s"' in problems("InstanceFleetConfigList", with_typo(FLEETS, place))
+
+
+@pytest.mark.parametrize("place", named(keys_of(CONFIGURATIONS)))
+def test_emr_refuses_a_typo_in_the_configurations(place: Place) -> None:
+    assert f'"{place[-1]}s"' in problems("ConfigurationList", with_typo(CONFIGURATIONS, place))
+
+
+@pytest.fixture
+def emr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    with mock_aws():
+        yield boto3.client("emr", region_name="us-east-1")
+
+
+def test_the_release_has_the_instances_and_they_hold_an_executor(emr: Any) -> None:
+    listed = emr.list_supported_instance_types(ReleaseLabel=RELEASE)["SupportedInstanceTypes"]
+    known = {instance["Type"]: instance for instance in listed}
+    spark = settings("spark-defaults")
+    executor_gb = sum(
+        int(spark[f"spark.executor.{key}"].removesuffix("g"))
+        for key in ("memory", "memoryOverhead")
+    )
+    for fleet in FLEETS:
+        for choice in fleet["InstanceTypeConfigs"]:
+            instance = known[choice["InstanceType"]]
+            if fleet["InstanceFleetType"] != "MASTER":
+                # YARN gets about nine tenths of a node.
+                assert executor_gb < 0.9 * instance["MemoryGB"]
+                assert int(spark["spark.executor.cores"]) <= instance["VCPU"]
+
+
+def settings(classification: str) -> dict[str, str]:
+    [found] = [c for c in CONFIGURATIONS if c["Classification"] == classification]
+    return dict(found["Properties"])
+
+
+def test_emr_gives_out_gpus_as_its_documentation_asks_for() -> None:
+    # docs.aws.amazon.com/emr/latest/ReleaseGuide/emr-spark-rapids.html, sample file for 7.x.
+    cgroup = settings("yarn-site")["yarn.nodemanager.linux-container-executor.cgroups.mount-path"]
+    [executor] = [c for c in CONFIGURATIONS if c["Classification"] == "container-executor"]
+    nested = {c["Classification"]: c["Properties"] for c in executor["Configurations"]}
+    assert nested == {
+        "gpu": {"module.enabled": "true"},
+        "cgroups": {"root": cgroup, "yarn-hierarchy": "yarn"},
+    }
+    assert (
+        f"mount -t cgroup -o devices cgroupv1-devices {cgroup}/devices"
+        in (EMR / "bootstrap.sh").read_text()
+    )
+    assert settings("capacity-scheduler") == {
+        "yarn.scheduler.capacity.resource-calculator": "org.apache.hadoop.yarn.util.resource."
+        "DominantResourceCalculator"
+    }
+    assert settings("spark") == {"enableSparkRapids": "true"}
+    assert settings("delta-defaults") == {"delta.enabled": "true"}
+    assert {c["Classification"] for c in CONFIGURATIONS} == {
+        *("spark", "delta-defaults", "yarn-site", "container-executor", "capacity-scheduler"),
+        "spark-defaults",
+    }
+
+
+def test_the_step_runs_the_installed_script_with_valid_arguments(tmp_path: Path) -> None:
+    program, *rest = STEP["Args"]
+    script = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+    assert program == "spark-submit"
+    venv = settings("spark-defaults")["spark.pyspark.python"].removesuffix("/bin/python")
+    assert rest[script] == f"{venv}/lib/python3.11/site-packages/jobs/annotate.py"
+    assert f"python3.11 -m venv {venv}" in (EMR / "bootstrap.sh").read_text()
+    arguments = parse(rest[script + 1 :])
+    config = load_annotate_config(page_config("emr.md", tmp_path), arguments.set)
+    assert arguments.config == "s3://BUCKET/cdr/annotate.yaml"
+    assert config.warehouse == "s3://BUCKET/cdr/warehouse"
+    assert {config.reward.models[role].dtype for role in ("strong", "weak")} == {"bfloat16"}
+    assert config.reward.routing.model == "strong"
+
+
+# --- Spark and YARN ----------------------------------------------------------------------------
+
+COMPOSED = re.compile(
+    # Names that Spark puts together, or reads by their prefix.
+    r"spark\.(driver|executor|task)\.resource\.gpu\.amount"
+    r"|spark\.(driver|executor)\.resource\.gpu\.discoveryScript"
+    r"|spark\.executorEnv\.[A-Z_]+"
+    r"|spark\.sql\.catalog\.spark_catalog"
+)
+
+
+@cache
+def spark_constants() -> bytes:
+    """The class files that declare Spark's settings."""
+    folders = ("org/apache/spark/internal/config/", "org/apache/spark/sql/internal/")
+    found = []
+    for name in ("spark-core_*.jar", "spark-sql-api_*.jar", "spark-catalyst_*.jar"):
+        for jar in (Path(pyspark.__file__).parent / "jars").glob(name):
+            with zipfile.ZipFile(jar) as classes:
+                found += [classes.read(n) for n in classes.namelist() if n.startswith(folders)]
+    return b"".join(found)
+
+
+def is_spark_setting(key: str) -> bool:
+    # A string constant of a class file: a tag, its length, its bytes.
+    constant = b"\x01" + len(key).to_bytes(2, "big") + key.encode()
+    return bool(COMPOSED.fullmatch(key)) or constant in spark_constants()
+
+
+@pytest.mark.parametrize("key", [*NEW_CLUSTER["spark_conf"], *settings("spark-defaults")])
+def test_spark_knows_the_setting(key: str) -> None:
+    assert is_spark_setting(key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("spark.executor.memoryOverheads", "spark.executor.memoryoverhead", "spark.executor.core"),
+        *("spark.task.resource.gpu.amounts", "spark.executor.resource.gpu.discovery"),
+        *("spark.dynamicAllocation.enable", "spark.sql.extension"),
+    ],
+)
+def test_spark_does_not_know_a_typo(key: str) -> None:
+    assert not is_spark_setting(key)
+
+
+@cache
+def yarn_settings() -> frozenset[str]:
+    """YARN's own list of its settings."""
+    [jar] = (Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar")
+    with zipfile.ZipFile(jar) as classes:
+        return frozenset(
+            re.findall(r"<name>(.*?)</name>", classes.read("yarn-default.xml").decode())
+        )
+
+
+@pytest.mark.parametrize("key", settings("yarn-site"))
+def test_yarn_knows_the_setting(key: str) -> None:
+    assert key in yarn_settings()
+    assert f"{key}s" not in yarn_settings()
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "per_task"),
+    [
+        (
+            int(settings("spark-defaults")["spark.executor.cores"]),
+            int(settings("spark-defaults")["spark.executor.resource.gpu.amount"]),
+            float(settings("spark-defaults")["spark.task.resource.gpu.amount"]),
+        ),
+        # Eight tasks per GPU of a node with sixteen cores.
+        (8, 1, float(NEW_CLUSTER["spark_conf"]["spark.task.resource.gpu.amount"])),
+    ],
+    ids=["emr", "databricks"],
+)
+def test_tasks_share_a_gpu_as_far_as_there_are_cores(
+    cores: int, gpus: int, per_task: float
+) -> None:
+    assert cores * per_task == gpus
+
+
+# --- scripts -----------------------------------------------------------------------------------
+
+
+def run_script(script: Path, folder: Path, *arguments: str, **stubs: str) -> Any:
+    """Run a script with stubs in front of the PATH."""
+    for name, text in stubs.items():
+        stub = folder / "bin" / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(f"#!/bin/bash\n{text}\n")
+        stub.chmod(0o755)
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "ROOT": str(folder)},
+    )
+
+
+DISCOVERY = CLUSTER / "gpu-discovery.sh"
+
+
+@pytest.mark.parametrize(
+    ("listed", "addresses"),
+    [
+        ("0", ["0"]),
+        ("0\\n1\\n10", ["0", "1", "10"]),
+        (" 0 \\r\\n 1 \\r\\n", ["0", "1"]),
+        ("0\\nUnable to determine the device handle for GPU0000:00:1E.0: Unknown Error", ["0"]),
+    ],
+)
+def test_discovery_prints_what_spark_reads(
+    listed: str, addresses: list[str], tmp_path: Path
+) -> None:
+    smi = f'[[ "$*" == "--query-gpu=index --format=csv,noheader" ]] && printf "{listed}"'
+    done = run_script(DISCOVERY, tmp_path, **{"nvidia-smi": smi})
+    assert done.returncode == 0, done.stderr
+    # The fields of Spark's ResourceInformationJson.
+    assert json.loads(done.stdout) == {"name": "gpu", "addresses": addresses}
+
+
+@pytest.mark.parametrize(
+    ("smi", "problem"),
+    [
+        ("echo No devices were found", "lists no GPU"),
+        ("exit 9", "does not run"),
+        ("true", "no GPU"),
+    ],
+)
+def test_discovery_fails_where_there_is_no_gpu(smi: str, problem: str, tmp_path: Path) -> None:
+    done = run_script(DISCOVERY, tmp_path, **{"nvidia-smi": smi})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert problem in done.stderr
+
+
+def test_discovery_is_where_the_executors_look_for_it() -> None:
+    path = settings("spark-defaults")["spark.executor.resource.gpu.discoveryScript"]
+    assert f'gpu-discovery.sh" {path}' in (EMR / "bootstrap.sh").read_text()
+    assert os.access(DISCOVERY, os.X_OK)
+
+
+@pytest.fixture
+def bootstrap(tmp_path: Path) -> Path:
+    """The bootstrap action with its folders moved below a temporary one."""
+    text = (EMR / "bootstrap.sh").read_text()
+    for folder in ("/opt/cdr", "/mnt/cdr", "/spark-rapids-cgroup"):
+        text = text.replace(folder, f"{tmp_path}{folder}")
+    (tmp_path / "bootstrap.sh").write_text(text)
+    return tmp_path / "bootstrap.sh"
+
+
+STUBS = {
+    # `mount` needs more than a test has; the rest runs.
+    "sudo": 'if [[ "$1" == mount ]]; then echo "$@" >> "$ROOT/mounts"; else "$@"; fi',
+    # A Python whose pip writes down what it is asked for.
+    "python3.11": 'mkdir -p "$3/bin"; cp "$ROOT/bin/fake-python" "$3/bin/python"',
+    "fake-python": 'if [[ "$2" == pip ]]; then echo "$@" >> "$ROOT/pip"; else '
+    f"""PYTHONPATH={ROOT} {sys.executable} "$@"; fi""",
+}
+
+
+def test_bootstrap_installs_the_wheel_and_the_discovery_script(
+    bootstrap: Path, tmp_path: Path
+) -> None:
+    aws = 'echo "$@" > "$ROOT/aws"; mkdir -p "${@: -1}"; touch "${@: -1}/cdr_annotate-9-py3.whl"'
+    done = run_script(
+        bootstrap, tmp_path, "s3://bucket/cdr/dist/", "torch==2.9.*", **STUBS, aws=aws
+    )
+    assert done.returncode == 0, done.stderr
+    assert "s3://bucket/cdr/dist/ " in (tmp_path / "aws").read_text()
+    assert (
+        f"cgroup -o devices cgroupv1-devices {tmp_path}/spark-rapids-cgroup/devices"
+        in (tmp_path / "mounts").read_text()
+    )
+    assert (
+        f"{tmp_path}/opt/cdr/dist/cdr_annotate-9-py3.whl torch==2.9.*"
+        in (tmp_path / "pip").read_text()
+    )
+    installed = tmp_path / "opt/cdr/gpu-discovery.sh"
+    assert installed.read_text() == DISCOVERY.read_text()
+    assert os.access(installed, os.X_OK)
+
+
+@pytest.mark.parametrize("wheels", [[], ["a.whl", "b.whl"]])
+def test_bootstrap_wants_one_wheel(bootstrap: Path, tmp_path: Path, wheels: list[str]) -> None:
+    touch = "".join(f' touch "${{@: -1}}/{wheel}";' for wheel in wheels)
+    aws = f'mkdir -p "${{@: -1}}";{touch}'
+    done = run_script(bootstrap, tmp_path, "s3://bucket/cdr/dist", **STUBS, aws=aws)
+    assert done.returncode == 1
+    assert "expected one wheel in s3://bucket/cdr/dist/" in done.stderr
+    assert not (tmp_path / "pip").exists()
+
+
+def test_bootstrap_says_how_it_is_used(bootstrap: Path, tmp_path: Path) -> None:
+    done = run_script(bootstrap, tmp_path, "/a/folder")
+    assert done.returncode == 2
+    assert "usage: bootstrap.sh s3://BUCKET/PREFIX" in done.stderr

@@ -67,14 +67,18 @@ class EngineSpec:
     Args:
         name: what requests call it; the model's `model_key`.
         engine: `transformers` or `stub`.
-        path: local folder of weights and tokenizer, or a hub id.
-        revision: commit hash of the hub id; None for a folder.
-        adapter_path: local folder of a LoRA adapter; None for none.
+        path: folder of weights and tokenizer, hub id or URI; engines themselves get a folder of
+            this node (`cdr.weights.make_local`).
+        revision: commit hash of the hub id; None for all others.
+        adapter_path: the same of a LoRA adapter; None for none.
         dtype: `float32` or `bfloat16` (`auto` was decided before).
         head_dtype: dtype in which the LM head and log-softmax run.
         max_length: tokens of prefix and completion together that the engine must take.
         batch_tokens: token rows per forward at most.
         extra: further engine arguments, as JSON text of an object.
+        checksum: content hash that the model's files must have; None where it is not known.
+        adapter_revision: commit hash of the adapter's hub id.
+        adapter_checksum: content hash that the adapter's files must have.
     """
 
     name: str
@@ -87,6 +91,9 @@ class EngineSpec:
     max_length: int = 2048
     batch_tokens: int = 4096
     extra: str = "{}"
+    checksum: str | None = None
+    adapter_revision: str | None = None
+    adapter_checksum: str | None = None
 
 
 class LogprobEngine(Protocol):

@@ -46,6 +46,7 @@ from cdr.engines.base import (
 from cdr.engines.launch import SOCKET, Owner
 from cdr.engines.wire import Group, Head, Outcome, Payload, Value
 from cdr.errors import FailReason
+from cdr.weights import make_local
 
 _WATCH_S = 1.0
 
@@ -68,6 +69,8 @@ class EngineHost:
         self._folder, self._owner = folder, owner
         self._idle_timeout_s, self._num_threads = idle_timeout_s, num_threads
         self._engines: dict[str, LogprobEngine] = {}
+        # Specs as clients declare them; an engine's own has the folders of this node.
+        self._declared: dict[str, EngineSpec] = {}
         self._load_s: dict[str, float] = {}
         # One worker: turns are first come, first served, and models see a single thread.
         self._turns = ThreadPoolExecutor(1, "turn")
@@ -176,7 +179,7 @@ class EngineHost:
     def _hold(self, specs: Sequence[dict[str, Any]]) -> None:
         """Make the loaded engines exactly these, all closing before the first loading."""
         wanted = {spec["name"]: EngineSpec(**spec) for spec in specs}
-        unwanted = [name for name, e in self._engines.items() if e.spec != wanted.get(name)]
+        unwanted = [name for name in self._engines if self._declared[name] != wanted.get(name)]
         for name in unwanted:
             self._engines.pop(name).close()
             _log.info("closed %s", name)
@@ -190,14 +193,16 @@ class EngineHost:
         _log.info("loading %s with %s from %s", spec.name, spec.engine, spec.path)
         begin = time.monotonic()
         try:
-            engine = make_engine(spec, self._num_threads)
+            local = make_local(spec)
+            begin = time.monotonic()  # what is fetched once per node is no part of loading
+            engine = make_engine(local, self._num_threads)
         except Exception as error:
             _log.exception("cannot load %s", spec.name)
             raise RuntimeError(
                 f"cannot load model {spec.name} from {spec.path}: {type(error).__name__}: {error}"
             ) from error
         self._load_s[spec.name] = time.monotonic() - begin
-        self._engines[spec.name] = engine
+        self._engines[spec.name], self._declared[spec.name] = engine, spec
         _log.info("loaded %s in %.1f s", spec.name, self._load_s[spec.name])
 
     def _status(self) -> Head:

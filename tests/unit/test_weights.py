@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cdr import weights
+from cdr.config import ModelSpec
 from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError, ModelError, SetupError
 from cdr.node_cache import size_of
@@ -361,3 +362,14 @@ def test_a_copied_model_has_the_key_of_the_folder_it_is_a_copy_of(model: Path) -
     assert there.engine_spec.path == model.as_uri()
     with pytest.raises(ConfigError, match=r"models\.strong\.path: .* has checksum"):
         resolve(model, checksum="0" * 64)
+
+
+def test_a_config_is_told_every_checksum_it_lacks() -> None:
+    with pytest.raises(ValueError, match="checksum: is required") as caught:
+        ModelSpec(path="s3://b/m", adapter="s3://b/a", adapter_checksum="abc")
+    told = str(caught.value)
+    assert "print it with: python -m cdr.weights checksum s3://b/m" in told
+    assert "adapter_checksum: must be 64 hex digits, got 'abc'" in told
+    with pytest.raises(ValueError, match="adapter_checksum: is given, but adapter is not"):
+        ModelSpec(path="folder", adapter_checksum="0" * 64)
+    assert ModelSpec(path="s3://b/m", checksum="0" * 64).revision is None

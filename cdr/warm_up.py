@@ -77,10 +77,14 @@ class WarmUpReport:
     Args:
         lines: one per node and model, then one per device and set of engines, for people.
         num_failed: how many of them are failures.
+        num_executors: executors that answered.
+        num_nodes: nodes they run on.
     """
 
     lines: tuple[str, ...]
     num_failed: int
+    num_executors: int
+    num_nodes: int
 
 
 def plan_sources(plan: AnnotationPlan) -> dict[Source, str]:
@@ -94,9 +98,11 @@ def plan_sources(plan: AnnotationPlan) -> dict[Source, str]:
 
 def plan_engine_sets(plan: AnnotationPlan) -> list[dict[str, EngineSpec]]:
     """Give the sets of engines that a run loads, in its order, by role."""
-    by_key = {model.model_key: role for role, model in plan.models.items()}
     sets = [{plan.config.reward.routing.model: plan.route.engine}] if plan.route else []
-    scoring = {by_key[engine.name]: engine for engine in plan.engines}
+    scoring = {
+        term.model: plan.models[term.model].engine_spec
+        for term in plan.config.reward.resolved_terms()
+    }
     if plan.config.run.placement == "sequential":
         return sets + [{role: engine} for role, engine in scoring.items()]
     return [*sets, scoring]
@@ -123,7 +129,7 @@ def warm_up(spark: SparkSession, function: MapFunction) -> WarmUpReport:
         slots = max(spark.sparkContext.defaultParallelism, _count_executors(spark))
         tasks = spark.range(0, slots, 1, slots).mapInPandas(function, WARM_UP_DDL)
         rows += tasks.collect()  # a few rows per task: what is reported
-        executors = {row.executor for row in rows}
+        executors = {(row.host, row.executor) for row in rows}
         if len(executors) >= _count_executors(spark):
             return report(rows)
     raise SetupError(
@@ -146,16 +152,21 @@ def report(rows: Sequence[Row]) -> WarmUpReport:
     """Sum up what tasks answered; see `WarmUpReport`."""
     fetched: dict[tuple[str, str, str], list[Answer]] = {}
     loaded: dict[tuple[str, str, str], list[Answer]] = {}
-    for row in rows:
-        answer = Answer(**row.asDict())
+    answers = [Answer(**row.asDict()) for row in rows]
+    for answer in answers:
         if answer.action == "fetch":
             fetched.setdefault((answer.host, answer.model, answer.source), []).append(answer)
         else:
             loaded.setdefault((answer.host, answer.device, answer.model), []).append(answer)
-    told = [_sum_up(answers) for _, answers in sorted(fetched.items())]
-    told += [_sum_up(answers) for _, answers in sorted(loaded.items())]
+    told = [_sum_up(same) for _, same in sorted(fetched.items())]
+    told += [_sum_up(same) for _, same in sorted(loaded.items())]
     failed = sum(answer.error is not None for answer in told)
-    return WarmUpReport(tuple(answer.render() for answer in told), failed)
+    return WarmUpReport(
+        tuple(answer.render() for answer in told),
+        failed,
+        num_executors=len({(answer.host, answer.executor) for answer in answers}),
+        num_nodes=len({answer.host for answer in answers}),
+    )
 
 
 def _sum_up(answers: Sequence[Answer]) -> Answer:

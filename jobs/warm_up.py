@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spark = get_session("cdr warm-up")
     report = warm_up(spark, make_warm_up(plan_sources(plan), engine_sets))
     print("\n".join(report.lines))
+    print(f"{report.num_executors} executors answered, on {report.num_nodes} nodes")
     if report.num_failed:
         print(f"\nerror: {report.num_failed} of {len(report.lines)} failed", file=sys.stderr)
     return FAILED if report.num_failed else OK

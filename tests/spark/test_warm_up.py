@@ -12,12 +12,15 @@ import pytest
 import yaml
 from pyspark.sql import Row, SparkSession
 
-from cdr.warm_up import Answer, report
+from cdr.config import load_annotate_config
+from cdr.plan import plan_annotation
+from cdr.warm_up import Answer, plan_engine_sets, plan_sources, report
 from cdr.weights import WEIGHT_FILES, hash_files
 from jobs.warm_up import main
 from tests.tokenizers import make_smollm2
 
 HOST = socket.gethostname()
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,8 @@ def test_weights_come_once_and_engines_load_from_the_copy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*make_config(), "--load"]) == 0
-    first = capsys.readouterr().out.splitlines()
+    *first, answered = capsys.readouterr().out.splitlines()
+    assert answered == "1 executors answered, on 1 nodes"
     assert [line.split("  ")[:3] for line in first] == [
         [HOST, "cpu", "strong"],
         [HOST, "cpu", "weak"],
@@ -89,7 +93,7 @@ def test_weights_come_once_and_engines_load_from_the_copy(
     assert "transformers" in first[2]
 
     assert main(make_config()) == 0
-    again = capsys.readouterr().out.splitlines()
+    *again, _ = capsys.readouterr().out.splitlines()
     assert len(again) == 2
     assert all("already there" in line and line.endswith("checksum ok") for line in again)
 
@@ -105,6 +109,25 @@ def test_a_node_that_fails_gives_the_reason_and_the_exit_code(
     assert f"expected {'f' * 64}" in captured.out
     assert "2 of 2 failed" in captured.err
     assert "loaded" not in captured.out
+
+
+def test_sources_and_engine_sets_are_those_of_the_run(
+    make_config: Callable[..., list[str]], models: dict[str, Path]
+) -> None:
+    weak = models["weak"].as_uri()
+    router = [f"reward.models.router.{key}={value}" for key, value in (
+        ("path", weak), ("checksum", hash_files(models["weak"], WEIGHT_FILES)),
+        ("dtype", "float32"), ("max_length", 256),
+    )]  # fmt: skip
+    pack = ["reward.routing.mode=adaptive", f"reward.prompt_pack={ROOT}/conf/prompts/cdr-v1.yaml"]
+    file = make_config()[1]
+    plan = plan_annotation(load_annotate_config(file, [*router, *pack]))
+    roles = {source.path: names for source, names in plan_sources(plan).items()}
+    assert roles == {models["strong"].as_uri(): "strong", weak: "weak, router"}
+    assert [list(engines) for engines in plan_engine_sets(plan)] == [["router"], ["strong", "weak"]]
+    sequential = load_annotate_config(file, [*router, *pack, "run.placement=sequential"])
+    sets = plan_engine_sets(plan_annotation(sequential))
+    assert [list(engines) for engines in sets] == [["router"], ["strong"], ["weak"]]
 
 
 def answer(**changes: Any) -> Row:
@@ -127,4 +150,4 @@ def test_a_node_is_told_once_by_the_task_that_did_the_work() -> None:
         "n2  cuda:0  strong  s3://b/m  FAILED to fetch: the disk is too full",
         "n1  cuda:0  strong  vllm 1  loaded in 4.0 s",
     )
-    assert told.num_failed == 1
+    assert (told.num_failed, told.num_executors, told.num_nodes) == (1, 3, 2)

@@ -18,7 +18,6 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -26,6 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from cdr.errors import ConfigError, ModelError, RejectReason, RowRejected
+from cdr.weights import fetch_small_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -467,21 +467,16 @@ def check_vocabulary(encoder: ChatEncoder, model_vocab_size: int, *, who: str) -
 def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    if revision is None and not Path(path).is_dir():
-        raise ModelError(
-            "a model without a revision must be a local folder",
-            where=path,
-            fix="correct the path, or pin the hub id's revision",
-        )
-    options = {"revision": revision, "trust_remote_code": False}
+    folder = str(fetch_small_files(path, revision))
+    options = {"trust_remote_code": False}
     try:
         try:
-            return PreTrainedTokenizerFast.from_pretrained(path, **options)
+            return PreTrainedTokenizerFast.from_pretrained(folder, **options)
         except (OSError, ValueError):
             # No tokenizer.json: the model's own class can convert its files, but imports torch.
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(path, **options)
+            return AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"cannot load a tokenizer ({str(error).splitlines()[0]})",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cdr.config_files import MayBeFile, load_config
+from cdr.weights import checksum_command, is_uri
 
 Domain = str
 Condition = Literal["plain", "conditioned", "unconditional"]
@@ -24,6 +25,7 @@ EngineName = Literal["transformers", "stub"]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_CHECKSUM = re.compile(r"^[0-9a-f]{64}$")
 
 
 class Spec(BaseModel):
@@ -35,12 +37,20 @@ class Spec(BaseModel):
 class ModelSpec(Spec):
     """A model and how to run it."""
 
-    path: str = Field(description="Folder (safetensors and tokenizer) or hub id.")
+    path: str = Field(
+        description="Folder (safetensors and tokenizer), hub id, or URI (`s3://bucket/prefix`)."
+    )
     revision: str | None = Field(
         None, description="Commit hash of the hub id: 40 hex digits, quoted. None for a folder."
     )
-    adapter: str | None = Field(None, description="LoRA adapter: folder or hub id.")
+    checksum: str | None = Field(
+        None,
+        description="Content hash of the weights, printed by `python -m cdr.weights checksum "
+        "PATH`; every copy is compared with it. Required for a URI.",
+    )
+    adapter: str | None = Field(None, description="LoRA adapter: folder, hub id or URI.")
     adapter_revision: str | None = Field(None, description="Commit hash of the adapter's hub id.")
+    adapter_checksum: str | None = Field(None, description="As `checksum`, of the adapter.")
     tuned_from: str | None = Field(
         None,
         description="Hub id or name of the model this one was preference-tuned from. The method "
@@ -82,14 +92,24 @@ class ModelSpec(Spec):
         if self.engine == "stub":
             return self
         problems = []
-        for kind, path, revision in (
-            ("revision", self.path, self.revision),
-            ("adapter_revision", self.adapter, self.adapter_revision),
+        for prefix, path, revision, checksum in (
+            ("", self.path, self.revision, self.checksum),
+            ("adapter_", self.adapter, self.adapter_revision, self.adapter_checksum),
         ):
+            kind = f"{prefix}revision"
             if path is None:
-                if revision is not None:
-                    problems.append(f"{kind}: is given, but adapter is not")
-            elif is_hub_id(path):
+                for name, value in ((kind, revision), (f"{prefix}checksum", checksum)):
+                    if value is not None:
+                        problems.append(f"{name}: is given, but adapter is not")
+                continue
+            if checksum is not None and not _CHECKSUM.match(checksum):
+                problems.append(f"{prefix}checksum: must be 64 hex digits, got '{checksum}'")
+            if checksum is None and is_uri(path):
+                problems.append(
+                    f"{prefix}checksum: is required for the URI '{path}'; print it with: "
+                    f"{checksum_command(path)}"
+                )
+            if is_hub_id(path):
                 if revision is None or not _COMMIT.match(revision):
                     problems.append(
                         f"{kind}: must be a 40-digit commit hash for the hub id '{path}', "

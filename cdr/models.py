@@ -7,20 +7,27 @@ large a batch is, or how long a row may be do not change it. Runs on the driver;
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cdr.config import ModelSpec, RewardSpec, content_hash, is_hub_id
+from cdr.config import ModelSpec, RewardSpec, content_hash
 from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import resolve_dtype
-from cdr.errors import ConfigError
+from cdr.errors import ConfigError, ModelError
+from cdr.weights import (
+    Source,
+    fetch_small_files,
+    hash_files,
+    hash_source,
+    is_copied,
+    list_names,
+    require_safetensors,
+    wrong_checksum,
+)
 
-_WEIGHT_FILES = ("*.safetensors", "config.json")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 _STUB_VOCABULARY = 1 << 20
 
 
@@ -99,49 +106,36 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
         return ResolvedModel(
             role, spec, _engine_spec(spec, identity, "float32"), _STUB_VOCABULARY, spec.path
         )
-    folder = _local_folder(spec.path, spec.revision, f"{where}.path")
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ConfigError([f"{where}.path: no config.json in '{spec.path}'; is it a model folder?"])
-    if not is_hub_id(spec.path) and not list(folder.glob("*.safetensors")):
-        raise ConfigError(
-            [f"{where}.path: no *.safetensors in '{spec.path}'; other weight files are not loaded"]
-        )
+    model = _find(Source(spec.path, spec.revision, spec.checksum), where)
     dtype = resolve_dtype(spec.dtype)
     identity = {
         "engine": spec.engine,
-        "weights": f"{spec.path}@{spec.revision}"
-        if is_hub_id(spec.path)
-        else hash_files(folder, _WEIGHT_FILES),
+        "weights": model.identity,
         "dtype": dtype,
         "head_dtype": spec.head_dtype,
     }
-    adapter: Path | None = None
+    adapter: _Found | None = None
     if spec.adapter is not None:
-        adapter = _local_folder(spec.adapter, spec.adapter_revision, f"{where}.adapter")
-        missing = [name for name in _ADAPTER_FILES if not (adapter / name).is_file()]
-        if missing and not is_hub_id(spec.adapter):
-            raise ConfigError([f"{where}.adapter: '{spec.adapter}' lacks {', '.join(missing)}"])
-        identity["adapter"] = (
-            f"{spec.adapter}@{spec.adapter_revision}"
-            if is_hub_id(spec.adapter)
-            else hash_files(adapter, _ADAPTER_FILES)
-        )
-    vocab_size = _vocab_size(config_file, where)
-    return ResolvedModel(
-        role, spec, _engine_spec(spec, identity, dtype, adapter), vocab_size, str(folder)
+        source = Source(spec.adapter, spec.adapter_revision, spec.adapter_checksum, is_adapter=True)
+        adapter = _find(source, where)
+        identity["adapter"] = adapter.identity
+    engine_spec = replace(
+        _engine_spec(spec, identity, dtype),
+        checksum=model.checksum,
+        adapter_path=spec.adapter,
+        adapter_revision=spec.adapter_revision,
+        adapter_checksum=adapter.checksum if adapter else None,
     )
+    vocab_size = _vocab_size(model.folder / "config.json", where)
+    return ResolvedModel(role, spec, engine_spec, vocab_size, str(model.folder))
 
 
-def _engine_spec(
-    spec: ModelSpec, identity: Mapping[str, object], dtype: str, adapter: Path | None = None
-) -> EngineSpec:
+def _engine_spec(spec: ModelSpec, identity: Mapping[str, object], dtype: str) -> EngineSpec:
     return EngineSpec(
         name=content_hash(identity)[:16],
         engine=spec.engine,
         path=spec.path,
         revision=spec.revision,
-        adapter_path=str(adapter) if adapter else None,
         dtype=dtype,
         head_dtype=spec.head_dtype,
         max_length=spec.max_length,
@@ -152,27 +146,41 @@ def _engine_spec(
     )
 
 
-def _local_folder(path: str, revision: str | None, where: str) -> Path:
-    """Give a folder with everything but the weights of a hub id, or the folder itself."""
-    if not is_hub_id(path):
-        if not Path(path).is_dir():
-            raise ConfigError([f"{where}: no such folder '{path}'"])
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+@dataclass(frozen=True)
+class _Found:
+    """A model or an adapter, its weights wherever they are.
 
+    Args:
+        folder: local folder with its small files at least.
+        identity: stands for the weights in the model key: hub id and commit, or content hash.
+        checksum: content hash that the files of every node must have; None for a hub id without.
+    """
+
+    folder: Path
+    identity: str
+    checksum: str | None
+
+
+def _find(source: Source, where: str) -> _Found:
+    """Find a model or an adapter; weights behind a URI are not read.
+
+    Raises:
+        ConfigError: it is missing or unusable.
+    """
     try:
-        return Path(
-            snapshot_download(path, revision=revision, ignore_patterns=["*.safetensors", "*.bin"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            [
-                f"{where}: '{path}' at {revision} cannot be had from the hub ({reason}); for a "
-                "gated model set HF_TOKEN, or give a local folder"
-            ]
-        ) from None
+        folder = fetch_small_files(source.path, source.revision)
+        if source.revision is not None:
+            return _Found(folder, f"{source.path}@{source.revision}", source.checksum)
+        require_safetensors(list_names(source.path), source)
+        # Where the config says what a remote folder holds, only the nodes check: it is their copy.
+        content = source.checksum if is_copied(source.path) else None
+        content = content or hash_source(source)
+        if source.checksum not in (None, content):
+            raise wrong_checksum(source, content, source.path)
+        return _Found(folder, content, content)
+    except ModelError as error:
+        key = f"{where}.adapter" if source.is_adapter else f"{where}.path"
+        raise ConfigError([f"{key}: {error.what}; {error.fix}"]) from error
 
 
 def _vocab_size(config_file: Path, where: str) -> int:
@@ -181,13 +189,3 @@ def _vocab_size(config_file: Path, where: str) -> int:
     if not isinstance(size, int):
         raise ConfigError([f"{where}.path: config.json has no vocab_size"])
     return size
-
-
-def hash_files(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Hash names and contents of a folder's files that match; sha256 hex."""
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
-        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

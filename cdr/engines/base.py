@@ -67,9 +67,10 @@ class EngineSpec:
     Args:
         name: what requests call it; the model's `model_key`.
         engine: `transformers` or `stub`.
-        path: local folder of weights and tokenizer, or a hub id.
-        revision: commit hash of the hub id; None for a folder.
-        adapter_path: local folder of a LoRA adapter; None for none.
+        path: folder of weights and tokenizer, hub id or URI; engines themselves get a folder of
+            this node (`cdr.weights.make_local`).
+        revision: commit hash of the hub id; None for all others.
+        adapter_path: the same of a LoRA adapter; None for none.
         dtype: `float32` or `bfloat16` (`auto` was decided before).
         head_dtype: dtype in which the LM head and log-softmax run.
         max_length: tokens of prefix and completion together that the engine must take.
@@ -78,6 +79,9 @@ class EngineSpec:
         memory_fraction: share of each device's memory that the engine may take, in (0, 1]; None
             leaves it to the engine.
         tensor_parallel: devices over which the weights are split.
+        checksum: content hash that the model's files must have; None where it is not known.
+        adapter_revision: commit hash of the adapter's hub id.
+        adapter_checksum: content hash that the adapter's files must have.
     """
 
     name: str
@@ -92,6 +96,9 @@ class EngineSpec:
     extra: str = "{}"
     memory_fraction: float | None = None
     tensor_parallel: int = 1
+    checksum: str | None = None
+    adapter_revision: str | None = None
+    adapter_checksum: str | None = None
 
 
 class LogprobEngine(Protocol):

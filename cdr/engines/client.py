@@ -24,6 +24,7 @@ from cdr.engines.device import Device
 from cdr.engines.launch import HostOptions, HostPlace
 from cdr.engines.wire import Group, Head, Outcome, Payload, Value
 from cdr.errors import EngineError, FailReason
+from cdr.weights import may_be_fetched
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class EngineClient:
         self._specs = tuple(specs)
         names = ", ".join(spec.name for spec in specs)
         head = self._head("set_engines")
-        return self._ask_status(head, f"loaded {names}", self._options.load_timeout_s)
+        timeout_s = self._options.load_timeout_s
+        if any(may_be_fetched(spec) for spec in specs):
+            timeout_s += self._options.fetch_timeout_s
+        return self._ask_status(head, f"loaded {names}", timeout_s)
 
     def score(
         self, engine: str, groups: Sequence[ScoringGroup]

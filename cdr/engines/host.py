@@ -50,6 +50,7 @@ from cdr.engines.owner import Owner
 from cdr.engines.supervisor import become_subreaper
 from cdr.engines.wire import Group, Head, Outcome, Payload, Value
 from cdr.errors import EngineDied, FailReason
+from cdr.weights import make_local
 
 _WATCH_S = 1.0
 _CHILDREN_GRACE_S = 10.0
@@ -58,8 +59,9 @@ _log = logging.getLogger("cdr.engines.host")
 
 
 class _Loaded(NamedTuple):
-    """An engine, and the seconds it took to load."""
+    """An engine, how clients declare it (its own spec has this node's folders), its load time."""
 
+    declared: EngineSpec
     engine: LogprobEngine
     load_s: float
 
@@ -237,7 +239,7 @@ class EngineHost:
     def _hold(self, specs: Sequence[dict[str, Any]]) -> None:
         """Make the loaded engines exactly these, all closing before the first loading."""
         wanted = {spec["name"]: EngineSpec(**spec) for spec in specs}
-        unwanted = [n for n, held in self._loaded.items() if held.engine.spec != wanted.get(n)]
+        unwanted = [n for n, held in self._loaded.items() if held.declared != wanted.get(n)]
         for name in unwanted:
             self._close(name)
         if unwanted:
@@ -264,7 +266,9 @@ class EngineHost:
         _log.info("loading %s with %s from %s", spec.name, spec.engine, spec.path)
         begin, before = time.monotonic(), set(_engine_processes())
         try:
-            engine = make_engine(spec, self._num_threads)
+            local = make_local(spec)
+            begin = time.monotonic()  # what is fetched once per node is no part of loading
+            engine = make_engine(local, self._num_threads)
         except Exception as error:
             _log.exception("cannot load %s", spec.name)
             _kill(set(_engine_processes()) - before)  # half an engine
@@ -272,7 +276,7 @@ class EngineHost:
                 f"cannot load model {spec.name} from {spec.path}: {type(error).__name__}: {error}"
             ) from error
         load_s = time.monotonic() - begin
-        self._loaded[spec.name] = _Loaded(engine, load_s)
+        self._loaded[spec.name] = _Loaded(spec, engine, load_s)
         _log.info("loaded %s in %.1f s", spec.name, load_s)
 
     def _status(self) -> Head:

@@ -47,6 +47,7 @@ class HostOptions:
         idle_timeout_s: seconds without a request after which a host ends.
         start_timeout_s: seconds the process may take to listen (imports on slow disks).
         load_timeout_s: seconds the engines of `set_engines` may take, turns of others included.
+        fetch_timeout_s: seconds more where weights may have to be fetched to this node first.
         max_deaths_in_a_row: deaths without a reply in between after which the client gives up;
             one bad completion causes three.
     """
@@ -56,6 +57,7 @@ class HostOptions:
     idle_timeout_s: float = 900.0
     start_timeout_s: float = 300.0
     load_timeout_s: float = 3600.0
+    fetch_timeout_s: float = 6 * 3600.0
     max_deaths_in_a_row: int = 8
 
 

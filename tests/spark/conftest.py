@@ -26,6 +26,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     with pytest.MonkeyPatch.context() as patch:
         # Workers would take `python3` from PATH, which need not have the packages.
         patch.setitem(os.environ, "PYSPARK_PYTHON", sys.executable)
+        # Of the JVM, and so of workers and engine hosts: what tests fetch stays out of the user's.
+        patch.setenv("CDR_CACHE", str(tmp_path_factory.mktemp("cache")))
         session = builder.getOrCreate()
         session.sparkContext.setLogLevel("ERROR")
         yield session

@@ -360,7 +360,9 @@ def test_a_host_that_dies_while_it_loads_is_not_started_again_and_again(
         f"import os\nopen({str(tmp_path / 'loads')!r}, 'a').write('x')\nos.kill(os.getpid(), 9)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    fatal = EngineSpec("fatal", "transformers", "nowhere")
+    for name in ("config.json", "model.safetensors"):  # what a host looks for before it loads
+        (tmp_path / name).touch()
+    fatal = EngineSpec("fatal", "transformers", str(tmp_path))
     with connect(Device("cpu", ("fatal",)), options()) as client:
         with pytest.raises(EngineError, match="died while it loaded fatal; the end of"):
             client.set_engines([fatal])

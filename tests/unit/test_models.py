@@ -97,8 +97,8 @@ def test_every_model_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
     found = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 3
     assert "models.strong.path: no such folder" in found
-    assert "models.weak.path: no config.json" in found
-    assert "models.third.path: no *.safetensors" in found
+    assert f"models.weak.path: '{empty}' lacks *.safetensors and config.json" in found
+    assert f"models.third.path: '{no_weights}' lacks *.safetensors" in found
 
 
 def test_an_adapter_without_its_files_says_which(tmp_path: Path) -> None:

@@ -1,0 +1,177 @@
+"""Snapshots of the Hugging Face hub: a pinned commit in the hub's own cache, or why it is not.
+
+Endpoint, token, cache and offline mode are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN,
+HF_HOME, HF_HUB_OFFLINE. `cdr.weights` decides which files, and that one process at a time asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from cdr.errors import ModelError
+from cdr.node_cache import require_space
+
+_SET_TOKEN = (
+    "set HF_TOKEN for the driver and for the executors (spark.executorEnv.HF_TOKEN; on Databricks "
+    "a cluster variable that reads a secret)"
+)
+# Sub-folders (other formats), and a second copy of the weights in the format of Mistral's library.
+_LEFT_OUT = ("*/*", "consolidated*")
+_SET_HOME = (
+    "set HF_HOME to a folder on a disk with room, for the driver and for the executors "
+    "(spark.executorEnv.HF_HOME)"
+)
+_ELSEWHERE = "or put the model on S3 or a shared folder and name that in the config"
+
+
+def cache_folder() -> Path:
+    """Give the folder in which huggingface_hub keeps what it has downloaded."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def snapshot_folder(repo: str, revision: str) -> Path:
+    """Give the folder of a commit's files, whether or not they are there."""
+    return _repo_folder(repo) / "snapshots" / revision
+
+
+def count_bytes(repo: str) -> int:
+    """Count the bytes there are of a model, of any commit, half files included."""
+    total = 0
+    for file in (_repo_folder(repo) / "blobs").glob("*"):
+        with contextlib.suppress(OSError):  # renamed when it is complete
+            total += file.stat().st_size
+    return total
+
+
+def download_snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path:
+    """Download the files of a commit that match; those in the cache are not asked for.
+
+    Args:
+        repo: hub id.
+        revision: commit hash.
+        patterns: names of files, not in sub-folders.
+
+    Raises:
+        ModelError: the model is gated, missing or has no such commit, the hub cannot be reached
+            and the cache lacks it, or the disk is too full.
+    """
+    from huggingface_hub import snapshot_download
+
+    _require_space(repo, revision, patterns)
+    try:
+        with _without_bars():
+            folder = snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_LEFT_OUT),
+            )
+    except Exception as error:
+        raise _explain(error, repo, revision) from error
+    return Path(folder)
+
+
+def _repo_folder(repo: str) -> Path:
+    return cache_folder() / f"models--{repo.replace('/', '--')}"
+
+
+def _require_space(repo: str, revision: str, patterns: Sequence[str]) -> None:
+    """Refuse a download that does not fit, where the hub tells the sizes."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except Exception:
+        # Also when there is no network: what the cache has may do. The download itself finds that
+        # out and says what is wrong; the classes raised here depend on the client's version.
+        return
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    here = snapshot_folder(repo, revision)
+    needed = sum(
+        size
+        for name, size in sizes.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+        and not any(fnmatchcase(name, pattern) for pattern in _LEFT_OUT)
+        and not (here / name).exists()
+    )
+    cache = cache_folder()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_space(cache, needed, repo, fix=_SET_HOME)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the hub's progress bars out of logs; `cdr.weights` logs progress in lines."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _explain(error: Exception, repo: str, revision: str) -> ModelError:
+    """Say what a user can do about an error of the hub's client."""
+    from huggingface_hub import constants, errors, get_token
+
+    endpoint = constants.ENDPOINT
+    known = "the token of HF_TOKEN" if get_token() else "this process, which has no token,"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    where = f"{repo}@{revision}"
+
+    def model_error(what: str, fix: str) -> ModelError:
+        return ModelError(what, where=where, fix=fix)
+
+    if isinstance(error, errors.GatedRepoError):
+        return model_error(
+            f"the model '{repo}' is gated, and {known} has no access",
+            f"accept its licence at {endpoint}/{repo} with the token's account, and {_SET_TOKEN}",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return model_error(
+            f"the model '{repo}' has no commit {revision}",
+            f"look the commit up at {endpoint}/{repo}/commits/main",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return model_error(
+            f"there is no model '{repo}' at {endpoint}, or it is private and {known} may not see "
+            "it",
+            f"check the name; for a private model {_SET_TOKEN}",
+        )
+    if status in (401, 403):
+        return model_error(
+            f"{endpoint} refuses {known} ({status})",
+            f"make a token that may read '{repo}', and {_SET_TOKEN}",
+        )
+    if status is not None:
+        return model_error(
+            f"{endpoint} answered {status} when asked for '{repo}'",
+            f"try again later, {_ELSEWHERE}",
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return model_error(f"the disk of {cache_folder()} is full", _SET_HOME)
+    if constants.HF_HUB_OFFLINE:
+        return model_error(
+            f"HF_HUB_OFFLINE is set, and the cache {cache_folder()} lacks files of '{repo}'",
+            f"fill the cache of every node (hf download {repo} --revision {revision}), unset "
+            f"HF_HUB_OFFLINE, {_ELSEWHERE}",
+        )
+    return model_error(
+        f"{endpoint} cannot be reached ({type(error).__name__}), and the cache {cache_folder()} "
+        f"lacks files of '{repo}'",
+        f"check this node's network and proxy (HTTPS_PROXY, HF_ENDPOINT), {_ELSEWHERE}",
+    )

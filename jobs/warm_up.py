@@ -1,0 +1,57 @@
+r"""Bring a run's weights to every node, and say how that went; optionally load the engines.
+
+    spark-submit --properties-file conf/cluster/local.conf \
+        jobs/warm_up.py --config conf/annotate/demo.yaml
+
+A run does the same by itself when it needs a model; done before, what is wrong with access, disks
+or copies is known in minutes, and the first wave starts at once. Reads and writes no table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cdr.cli import FAILED, OK, run_job
+from cdr.config import load_annotate_config
+from cdr.plan import plan_annotation
+from cdr.session import get_session
+from cdr.warm_up import plan_engine_sets, plan_sources, warm_up
+from udfs.warm_up import make_warm_up
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="prints one line per node and model, and with --load one per device;\n"
+        "exit codes: 0 all is there, 1 a node failed, 2 bad config or setup",
+    )
+    parser.add_argument("--config", required=True, help="annotate YAML, see conf/annotate/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value"
+    )
+    parser.add_argument(
+        "--load", action="store_true", help="load the engines too, as the run would"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job; give its exit code."""
+    args = parse(arguments)
+    plan = plan_annotation(load_annotate_config(args.config, args.set))
+    engine_sets = plan_engine_sets(plan) if args.load else []
+    spark = get_session("cdr warm-up")
+    report = warm_up(spark, make_warm_up(plan_sources(plan), engine_sets))
+    print("\n".join(report.lines))
+    print(f"{report.num_executors} executors answered, on {report.num_nodes} nodes")
+    if report.num_failed:
+        print(f"\nerror: {report.num_failed} of {len(report.lines)} failed", file=sys.stderr)
+    return FAILED if report.num_failed else OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

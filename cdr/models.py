@@ -1,8 +1,10 @@
 """From the models a config names to what engines load: pinned, found, and keyed by content.
 
 The model key is the first part of every log-prob's key. It hashes what decides the numbers (the
-weights, the adapter, dtype, head dtype, engine) and nothing else: where the folder lies, how
-large a batch is, or how long a row may be do not change it. Runs on the driver; loads no weights.
+weights, the adapter, quantisation, dtype, head dtype, engine) and nothing else: where the folder
+lies, how large a batch is, or how long a row may be do not change it. Nor does the number of GPUs a
+model is spread over: it changes the order of sums, as another batch or GPU does, and a store that
+is scored on both is no worse. Runs on the driver; loads no weights.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from cdr.config import ModelSpec, RewardSpec, content_hash, is_hub_id
 from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import resolve_dtype
+from cdr.engines.vllm_setup import resolve_head_dtype
 from cdr.errors import ConfigError
 
 _WEIGHT_FILES = ("*.safetensors", "config.json")
@@ -97,7 +100,11 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
             "engine": "stub", "weights": spec.path, "adapter": spec.adapter, "extra": spec.extra
         }  # fmt: skip
         return ResolvedModel(
-            role, spec, _engine_spec(spec, identity, "float32"), _STUB_VOCABULARY, spec.path
+            role,
+            spec,
+            _engine_spec(spec, identity, "float32", "float32"),
+            _STUB_VOCABULARY,
+            spec.path,
         )
     folder = _local_folder(spec.path, spec.revision, f"{where}.path")
     config_file = folder / "config.json"
@@ -108,14 +115,21 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
             [f"{where}.path: no *.safetensors in '{spec.path}'; other weight files are not loaded"]
         )
     dtype = resolve_dtype(spec.dtype)
+    head_dtype = resolve_head_dtype(spec.head_dtype, engine=spec.engine, dtype=dtype)
     identity = {
         "engine": spec.engine,
         "weights": f"{spec.path}@{spec.revision}"
         if is_hub_id(spec.path)
         else hash_files(folder, _WEIGHT_FILES),
         "dtype": dtype,
-        "head_dtype": spec.head_dtype,
+        "head_dtype": head_dtype,
     }
+    if spec.quantization is not None:
+        identity["quantization"] = spec.quantization
+    if spec.extra:
+        # vLLM takes arguments that decide numbers (the dtype of its cache) and others; which is
+        # which changes with its version.
+        identity["extra"] = spec.extra
     adapter: Path | None = None
     if spec.adapter is not None:
         adapter = _local_folder(spec.adapter, spec.adapter_revision, f"{where}.adapter")
@@ -129,12 +143,20 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
         )
     vocab_size = _vocab_size(config_file, where)
     return ResolvedModel(
-        role, spec, _engine_spec(spec, identity, dtype, adapter), vocab_size, str(folder)
+        role,
+        spec,
+        _engine_spec(spec, identity, dtype, head_dtype, adapter),
+        vocab_size,
+        str(folder),
     )
 
 
 def _engine_spec(
-    spec: ModelSpec, identity: Mapping[str, object], dtype: str, adapter: Path | None = None
+    spec: ModelSpec,
+    identity: Mapping[str, object],
+    dtype: str,
+    head_dtype: str,
+    adapter: Path | None = None,
 ) -> EngineSpec:
     return EngineSpec(
         name=content_hash(identity)[:16],
@@ -143,10 +165,13 @@ def _engine_spec(
         revision=spec.revision,
         adapter_path=str(adapter) if adapter else None,
         dtype=dtype,
-        head_dtype=spec.head_dtype,
+        head_dtype=head_dtype,
         max_length=spec.max_length,
         batch_tokens=spec.batch_tokens,
         extra=json.dumps(spec.extra, sort_keys=True),
+        quantization=spec.quantization,
+        memory_fraction=spec.memory_fraction,
+        tensor_parallel=spec.tensor_parallel,
     )
 
 

@@ -6,8 +6,8 @@ Reads nothing but `adapter_config.json` and the names in the header of the safet
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,27 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 _DEFAULT_SHARE = 0.9  # of a GPU, for all engines that are loaded together
 
 
-def read_adapter_rank(folder: str | Path) -> int:
-    """Check that vLLM can score with a LoRA adapter, and give the rank to make room for.
+@dataclass(frozen=True)
+class AdapterShape:
+    """What weights must make room for: the rank, one that vLLM has kernels for, and the modules."""
+
+    rank: int
+    modules: frozenset[str]
+
+
+def read_adapter_shape(folder: str | Path) -> AdapterShape:
+    """Check that vLLM can score with a LoRA adapter, and give what to make room for.
 
     Args:
         folder: holds adapter_config.json and, unless it is still to be fetched,
             adapter_model.safetensors.
 
-    Returns:
-        The adapter's largest rank, rounded up to one that vLLM has kernels for.
-
     Raises:
         ModelError: it is no LoRA adapter, touches the LM head, or is of a kind that vLLM does not
             apply.
     """
-    config = _read_config(Path(folder))
-    if touched := _touched_head_parts(Path(folder), config):
+    config, tensors = _read_config(Path(folder)), _read_tensor_names(Path(folder))
+    if touched := _touched_head_parts(config, tensors):
         raise ModelError(
             f"with vLLM an adapter must leave the LM head alone, this one changes "
             f"{', '.join(sorted(touched))}",
@@ -57,13 +62,29 @@ def read_adapter_rank(folder: str | Path) -> int:
             where=str(folder),
             fix="use the transformers engine for this model",
         )
-    return next(size for size in _RANKS if size >= rank)
+    targets = config.get("target_modules")  # a pattern where it is a string
+    modules = set(targets) if isinstance(targets, list) else set()
+    # base_model.model.model.layers.0.mlp.up_proj.lora_A.weight
+    modules |= {name.split(".lora_")[0] for name in tensors}
+    return AdapterShape(
+        rank=next(size for size in _RANKS if size >= rank),
+        modules=frozenset(module.rpartition(".")[-1] for module in modules),
+    )
+
+
+def make_room(spec: EngineSpec, shapes: Iterable[AdapterShape]) -> EngineSpec:
+    """Give a spec whose weights have room for adapters besides those it has room for already."""
+    modules = set(filter(None, spec.adapter_modules.split(",")))
+    rank = spec.max_adapter_rank
+    for shape in shapes:
+        rank, modules = max(rank, shape.rank), modules | shape.modules
+    return replace(spec, max_adapter_rank=rank, adapter_modules=",".join(sorted(modules)))
 
 
 def share_weights(specs: Sequence[EngineSpec], *, colocated: bool) -> tuple[EngineSpec, ...]:
     """Let vLLM engines that differ by adapter only use one copy of their weights.
 
-    Such engines get the same `max_adapter_rank`, by which the engine module knows that they belong
+    Such engines get room for the same adapters, by which the engine module knows that they belong
     together. Engines that name no `memory_fraction` divide the device evenly by copies of weights.
 
     Args:
@@ -73,23 +94,19 @@ def share_weights(specs: Sequence[EngineSpec], *, colocated: bool) -> tuple[Engi
     Raises:
         ModelError: an adapter cannot be used with vLLM.
     """
-    ranks = {
-        spec.name: read_adapter_rank(spec.adapter_path)
-        for spec in specs
-        if spec.engine == "vllm" and spec.adapter_path
-    }
     vllm = [spec for spec in specs if spec.engine == "vllm"]
     bases = {spec.name: replace(spec, name="", adapter_path=None) for spec in vllm}
+    shapes = {
+        spec.name: read_adapter_shape(spec.adapter_path) for spec in vllm if spec.adapter_path
+    }
     num_copies = len(set(bases.values())) if colocated else 1
     shared = []
     for spec in specs:
         if spec.engine == "vllm":
-            alike = [other for other in vllm if bases[other.name] == bases[spec.name]]
-            spec = replace(
-                spec,
-                max_adapter_rank=max((ranks.get(other.name, 0) for other in alike), default=0),
-                memory_fraction=spec.memory_fraction or round(_DEFAULT_SHARE / num_copies, 3),
-            )
+            alike = [name for name, base in bases.items() if base == bases[spec.name]]
+            spec = make_room(spec, [shapes[name] for name in alike if name in shapes])
+            if spec.memory_fraction is None:
+                spec = replace(spec, memory_fraction=round(_DEFAULT_SHARE / num_copies, 3))
         shared.append(spec)
     return tuple(shared)
 
@@ -105,17 +122,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _touched_head_parts(folder: Path, config: dict[str, Any]) -> set[str]:
-    names: list[str] = []
-    for key in ("modules_to_save", "target_modules", "trainable_token_indices"):
-        value = config.get(key) or []
-        if key == "trainable_token_indices" and value:
-            return {key}
-        names += [value] if isinstance(value, str) else value
-    if (folder / _WEIGHTS).is_file():
-        from safetensors import safe_open
+def _read_tensor_names(folder: Path) -> list[str]:
+    if not (folder / _WEIGHTS).is_file():
+        return []
+    from safetensors import safe_open
 
-        with safe_open(folder / _WEIGHTS, framework="numpy") as weights:
-            names += weights.keys()
+    with safe_open(folder / _WEIGHTS, framework="numpy") as weights:
+        return list(weights.keys())
+
+
+def _touched_head_parts(config: dict[str, Any], tensors: Sequence[str]) -> set[str]:
+    if config.get("trainable_token_indices"):
+        return {"trainable_token_indices"}
+    names = list(tensors)
+    for key in ("modules_to_save", "target_modules"):
+        value = config.get(key) or []
+        names += [value] if isinstance(value, str) else value
     parts = {part for name in names for part in name.split(".")}
     return parts & set(_HEAD_PARTS)

@@ -82,6 +82,7 @@ class EngineSpec:
         tensor_parallel: devices that one model is spread over (vLLM).
         max_adapter_rank: largest LoRA rank that engines on these weights may have, so that they
             can share them (vLLM); 0 where only this engine's own adapter counts.
+        adapter_modules: names of the modules that such adapters change, sorted, with commas.
     """
 
     name: str
@@ -98,6 +99,7 @@ class EngineSpec:
     memory_fraction: float | None = None
     tensor_parallel: int = 1
     max_adapter_rank: int = 0
+    adapter_modules: str = ""
 
 
 class LogprobEngine(Protocol):

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cdr.engines.adapters import read_adapter_rank
+from cdr.engines.adapters import make_room, read_adapter_shape
 from cdr.engines.base import (
     EngineSpec,
     Sample,
@@ -98,7 +98,7 @@ class VllmEngine:
                 check_token_ids(
                     self.spec, np.array(group.prefix_ids + ids, np.int64), self._core.vocab_size
                 )
-        scored = score_groups(groups, self._ask, self._core.features)
+        scored = score_groups(groups, self.ask, self._core.features)
         if scored.num_resubmitted:
             self.num_resubmitted += scored.num_resubmitted
             _log.info(
@@ -121,20 +121,21 @@ class VllmEngine:
                 self.spec, np.array(request.prefix_ids, np.int64), self._core.vocab_size
             )
             asked += [_sampling_request(request, seed) for seed in request.seeds]
-        answers = iter(self._ask(asked))
+        answers = iter(self.ask(asked))
         return [
             [_to_sample(next(answers).outputs[0], request.stop_ids) for _ in request.seeds]
             for request in requests
         ]
+
+    def ask(self, requests: Sequence[CoreRequest]) -> list[Any]:
+        """Send requests as they are; give one `vllm.RequestOutput` each, in order."""
+        return self._core.run(requests, self._adapter)
 
     def close(self) -> None:
         """Let go of the core; the last engine on it ends its processes."""
         if self._is_open:
             self._is_open = False
             _return_core(self._core)
-
-    def _ask(self, requests: Sequence[CoreRequest]) -> list[Any]:
-        return self._core.run(requests, self._adapter)
 
 
 def _sampling_request(request: SamplingRequest, seed: int) -> CoreRequest:
@@ -180,6 +181,8 @@ class _Core:
         self.version = f"vllm {version} / torch {metadata.version('torch')}"
         fields = vllm.SamplingParams.__struct_fields__
         arguments = make_llm_arguments(spec, is_cpu=current_platform.is_cpu())
+        if not hasattr(vllm.EngineArgs, "lora_target_modules"):
+            arguments.pop("lora_target_modules", None)
         if "logprob_token_ids" not in fields:
             arguments["max_logprobs"] = -1  # primers then ask for the whole vocabulary
         check_devices(spec, current_platform)
@@ -259,10 +262,8 @@ _cores_lock = threading.Lock()
 
 def _borrow_core(spec: EngineSpec, num_threads: int | None) -> _Core:
     """Give the core an engine runs on, loaded unless another engine has it already."""
-    rank = spec.max_adapter_rank
-    if spec.adapter_path:
-        rank = max(rank, read_adapter_rank(spec.adapter_path))
-    key = replace(spec, name="", adapter_path=None, max_adapter_rank=rank)
+    own = [read_adapter_shape(spec.adapter_path)] if spec.adapter_path else []
+    key = replace(make_room(spec, own), name="", adapter_path=None)
     with _cores_lock:
         if key not in _cores:
             _cores[key] = _Core(key, num_threads)

@@ -133,6 +133,10 @@ def make_llm_arguments(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
         arguments["gpu_memory_utilization"] = spec.memory_fraction
     if spec.max_adapter_rank:
         arguments |= {"enable_lora": True, "max_lora_rank": spec.max_adapter_rank}
+        if spec.adapter_modules:
+            # The head not among them: vLLM would wrap it, and on a CPU the wrapper fails on the
+            # log-probs of prompts.
+            arguments["lora_target_modules"] = spec.adapter_modules.split(",")
     if is_cpu:
         arguments |= {
             "enforce_eager": True,

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from cdr.config import ModelSpec, RewardSpec, load_annotate_config
 from cdr.engines import vllm_setup
-from cdr.engines.adapters import read_adapter_rank, share_weights
+from cdr.engines.adapters import AdapterShape, read_adapter_shape, share_weights
 from cdr.engines.base import EngineSpec, make_engine
 from cdr.engines.vllm_setup import (
     check_devices,
@@ -131,6 +131,7 @@ def test_arguments_follow_the_spec(model: Path) -> None:
         memory_fraction=0.4,
         tensor_parallel=2,
         max_adapter_rank=16,
+        adapter_modules="k_proj,q_proj",
         extra='{"max_num_seqs": 8, "hf_overrides": {"rope_theta": 5}}',
     )
     arguments = make_llm_arguments(spec, is_cpu=False)
@@ -145,6 +146,7 @@ def test_arguments_follow_the_spec(model: Path) -> None:
         "tensor_parallel_size": 2,
         "enable_lora": True,
         "max_lora_rank": 16,
+        "lora_target_modules": ["k_proj", "q_proj"],
         "hf_overrides": {"rope_theta": 5, "head_dtype": "float32"},
     }
     assert expected.items() <= arguments.items()
@@ -236,15 +238,19 @@ def test_adapters_that_vllm_cannot_score_with_are_refused(
     tmp_path: Path, tensors: tuple[str, ...], fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        read_adapter_rank(make_adapter(tmp_path / "adapter", tensors, **fields))
+        read_adapter_shape(make_adapter(tmp_path / "adapter", tensors, **fields))
 
 
 def test_an_adapters_rank_is_rounded_up_to_one_that_vllm_has(tmp_path: Path) -> None:
-    assert read_adapter_rank(make_adapter(tmp_path / "a")) == 8
-    assert read_adapter_rank(make_adapter(tmp_path / "b", rank_pattern={"q_proj": 33})) == 64
-    assert read_adapter_rank(DEMO_ADAPTER) >= 8
+    assert read_adapter_shape(make_adapter(tmp_path / "a")) == AdapterShape(
+        8, frozenset({"q_proj"})
+    )
+    assert read_adapter_shape(make_adapter(tmp_path / "b", rank_pattern={"q_proj": 33})).rank == 64
+    pattern = make_adapter(tmp_path / "c", target_modules=".*_proj")
+    assert read_adapter_shape(pattern).modules == {"q_proj"}
+    assert {"q_proj", "down_proj"} <= read_adapter_shape(DEMO_ADAPTER).modules
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
-        read_adapter_rank(tmp_path)
+        read_adapter_shape(tmp_path)
 
 
 def test_engines_that_differ_by_adapter_only_share_weights(tmp_path: Path, model: Path) -> None:
@@ -253,6 +259,7 @@ def test_engines_that_differ_by_adapter_only_share_weights(tmp_path: Path, model
     other = replace(weak, name="o", dtype="float32")
     shared = share_weights([strong, weak, other], colocated=True)
     assert [spec.max_adapter_rank for spec in shared] == [16, 16, 0]
+    assert [spec.adapter_modules for spec in shared] == ["q_proj", "q_proj", ""]
     assert [spec.memory_fraction for spec in shared] == [0.45] * 3  # two copies of weights
     assert [spec.name for spec in shared] == ["s", "m", "o"]
     (alone, *_) = share_weights([strong, other], colocated=False)

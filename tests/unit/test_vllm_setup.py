@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from cdr.config import ModelSpec, RewardSpec, load_annotate_config
-from cdr.engines import vllm_setup
+from cdr.engines import vllm, vllm_setup
 from cdr.engines.adapters import AdapterShape, read_adapter_shape, share_weights
 from cdr.engines.base import EngineSpec, make_engine
+from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import (
     check_devices,
     check_version,
@@ -268,6 +269,61 @@ def test_engines_that_differ_by_adapter_only_share_weights(tmp_path: Path, model
     assert share_weights([given], colocated=True)[0].memory_fraction == 0.7
     transformers = replace(strong, engine="transformers")
     assert share_weights([transformers], colocated=True) == (transformers,)
+
+
+@dataclass
+class FakeCore:
+    """Stands in for loaded weights; refuses the adapter of an engine named `bad`."""
+
+    spec: EngineSpec
+    num_threads: int | None
+    num_users: int = 0
+    version: str = "vllm 0 / torch 0"
+    num_closed: int = 0
+
+    def load_adapter(self, spec: EngineSpec) -> str | None:
+        if spec.name == "bad":
+            raise ModelError("vLLM cannot apply the adapter")
+        return spec.adapter_path
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> list[FakeCore]:
+    loaded: list[FakeCore] = []
+
+    def load(spec: EngineSpec, num_threads: int | None) -> FakeCore:
+        loaded.append(FakeCore(spec, num_threads))
+        return loaded[-1]
+
+    monkeypatch.setattr(vllm, "_Core", load)
+    return loaded
+
+
+def test_engines_with_the_same_weights_are_on_one_core_until_the_last_is_closed(
+    tmp_path: Path, model: Path, cores: list[FakeCore]
+) -> None:
+    weak = spec_of(model)
+    strong = replace(weak, name="s", adapter_path=str(make_adapter(tmp_path / "a", r=12)))
+    shared = share_weights([strong, weak], colocated=True)
+    engines = [VllmEngine(spec) for spec in shared]
+    assert len(cores) == 1
+    assert (cores[0].spec.max_adapter_rank, cores[0].spec.adapter_path) == (16, None)
+    other = VllmEngine(replace(shared[1], name="o", dtype="float32"))
+    assert len(cores) == 2
+    engines[0].close()
+    engines[0].close()  # once more does nothing
+    assert cores[0].num_closed == 0
+    with pytest.raises(ModelError, match="cannot apply"):
+        VllmEngine(replace(shared[0], name="bad"))
+    assert cores[0].num_closed == 0
+    engines[1].close()
+    other.close()
+    assert [core.num_closed for core in cores] == [1, 1]
+    VllmEngine(shared[0]).close()
+    assert len(cores) == 3
 
 
 def test_one_key_moves_a_whole_run_to_vllm() -> None:

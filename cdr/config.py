@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,7 +21,7 @@ from cdr.weights import checksum_command, is_uri
 
 Domain = str
 Condition = Literal["plain", "conditioned", "unconditional"]
-EngineName = Literal["transformers", "stub"]
+EngineName = Literal["transformers", "vllm", "stub"]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -57,18 +57,27 @@ class ModelSpec(Spec):
         "works best when that is the weak model; other pairs get a warning.",
     )
     engine: EngineName = Field(
-        "transformers", description="`stub` makes numbers from hashes, for tests of scale."
+        "transformers",
+        description="What runs the model. None given: the reward's `engine`. `stub` makes numbers "
+        "from hashes, for tests of scale.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="`auto`: bfloat16 where the device computes it fast, else float32."
     )
-    head_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the LM head and the log-softmax."
+    head_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="dtype of the LM head and the log-softmax. `auto`: float32, unless the vLLM "
+        "installed where the run is planned (before 0.26) only computes it in `dtype`.",
     )
     max_length: int = Field(
         2048, ge=16, description="Tokens of prompt and completion together; longer is rejected."
     )
     batch_tokens: int = Field(4096, ge=64, description="Tokens per forward at most.")
+    quantization: str | None = Field(
+        None,
+        description="How weights are quantised, in vLLM's words (`fp8`, `awq`, ...); vllm only. "
+        "None: as the weights say.",
+    )
     memory_fraction: float | None = Field(
         None,
         gt=0,
@@ -77,7 +86,9 @@ class ModelSpec(Spec):
         "leaves it.",
     )
     tensor_parallel: int = Field(
-        1, ge=1, description="Devices over which the weights are split; a task needs as many."
+        1,
+        ge=1,
+        description="GPUs over which the weights are split, vllm only; a task needs as many.",
     )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for the engine, passed as they are."
@@ -86,6 +97,24 @@ class ModelSpec(Spec):
     def is_hub_id(self) -> bool:
         """Tell a hub id (`owner/name`) from a folder."""
         return is_hub_id(self.path)
+
+    @model_validator(mode="after")
+    def _only_with_vllm(self) -> Self:
+        if self.engine == "vllm":
+            return self
+        given = {
+            "quantization": self.quantization is not None,
+            "memory_fraction": self.memory_fraction is not None,
+            "tensor_parallel": self.tensor_parallel != 1,
+        }
+        problems = [
+            f"{key}: only engine 'vllm' has it, got engine '{self.engine}'"
+            for key, is_given in given.items()
+            if is_given
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -207,6 +236,9 @@ class RewardSpec(Spec):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._\-]*$", description="Name people call it by.")
     description: str = Field("", description="What it is for.")
+    engine: EngineName = Field(
+        "transformers", description="Engine of every model that names none itself."
+    )
     models: dict[str, ModelSpec] = Field(description="Models by role: strong, weak, router, ...")
     form: Literal["density_ratio", "prompt_delta", "pmi", "custom"] = Field(
         "density_ratio", description="Which terms; `custom` takes them from `terms`."
@@ -221,6 +253,19 @@ class RewardSpec(Spec):
     routing: RoutingSpec = RoutingSpec()
     encoding: EncodingSpec = EncodingSpec()
     seed: int = Field(0, description="Seed of the choice of instruction and exemplar.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _models_inherit_engine(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("models"), Mapping):
+            return tree
+        if "engine" not in tree:
+            return tree
+        models = {
+            role: {"engine": tree["engine"], **model} if isinstance(model, Mapping) else model
+            for role, model in tree["models"].items()
+        }
+        return {**tree, "models": models}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -456,10 +501,22 @@ class AnnotateConfig(Spec):
         default_factory=dict, description="Other places per table: a path, or a catalog name."
     )
     input: InputSpec
+    engine: EngineName | None = Field(
+        None, description="Takes the place of `reward.engine`, as in `--set engine=vllm`."
+    )
     reward: Annotated[RewardSpec, MayBeFile()]
     pairs: PairSpec = PairSpec()
     run: RunSpec = RunSpec()
     tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reward_inherits_engine(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("reward"), Mapping):
+            return tree
+        if tree.get("engine") is None:
+            return tree
+        return {**tree, "reward": {**tree["reward"], "engine": tree["engine"]}}
 
     @model_validator(mode="after")
     def _column_routing(self) -> Self:

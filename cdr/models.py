@@ -1,8 +1,10 @@
 """From the models a config names to what engines load: pinned, found, and keyed by content.
 
 The model key is the first part of every log-prob's key. It hashes what decides the numbers (the
-weights, the adapter, dtype, head dtype, engine) and nothing else: where the folder lies, how
-large a batch is, or how long a row may be do not change it. Runs on the driver; loads no weights.
+weights, the adapter, quantisation, dtype, head dtype, engine) and nothing else: where the folder
+lies, how large a batch is, or how long a row may be do not change it. Nor does the number of GPUs a
+model is spread over: it changes the order of sums, as another batch or GPU does, and a store that
+is scored on both is no worse. Runs on the driver; loads no weights.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from cdr.config import ModelSpec, RewardSpec, content_hash
 from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import resolve_dtype
+from cdr.engines.vllm_setup import resolve_head_dtype
 from cdr.errors import ConfigError, ModelError
 from cdr.weights import (
     Source,
@@ -104,23 +107,34 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
             "engine": "stub", "weights": spec.path, "adapter": spec.adapter, "extra": spec.extra
         }  # fmt: skip
         return ResolvedModel(
-            role, spec, _engine_spec(spec, identity, "float32"), _STUB_VOCABULARY, spec.path
+            role,
+            spec,
+            _engine_spec(spec, identity, "float32", "float32"),
+            _STUB_VOCABULARY,
+            spec.path,
         )
     model = _find(Source(spec.path, spec.revision, spec.checksum), where)
     dtype = resolve_dtype(spec.dtype)
+    head_dtype = resolve_head_dtype(spec.head_dtype, engine=spec.engine, dtype=dtype)
     identity = {
         "engine": spec.engine,
         "weights": model.identity,
         "dtype": dtype,
-        "head_dtype": spec.head_dtype,
+        "head_dtype": head_dtype,
     }
+    if spec.quantization is not None:
+        identity["quantization"] = spec.quantization
+    if spec.extra:
+        # vLLM takes arguments that decide numbers (the dtype of its cache) and others; which is
+        # which changes with its version.
+        identity["extra"] = spec.extra
     adapter: _Found | None = None
     if spec.adapter is not None:
         source = Source(spec.adapter, spec.adapter_revision, spec.adapter_checksum, is_adapter=True)
         adapter = _find(source, where)
         identity["adapter"] = adapter.identity
     engine_spec = replace(
-        _engine_spec(spec, identity, dtype),
+        _engine_spec(spec, identity, dtype, head_dtype),
         checksum=model.checksum,
         adapter_path=spec.adapter,
         adapter_revision=spec.adapter_revision,
@@ -130,17 +144,20 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
     return ResolvedModel(role, spec, engine_spec, vocab_size, str(model.folder))
 
 
-def _engine_spec(spec: ModelSpec, identity: Mapping[str, object], dtype: str) -> EngineSpec:
+def _engine_spec(
+    spec: ModelSpec, identity: Mapping[str, object], dtype: str, head_dtype: str
+) -> EngineSpec:
     return EngineSpec(
         name=content_hash(identity)[:16],
         engine=spec.engine,
         path=spec.path,
         revision=spec.revision,
         dtype=dtype,
-        head_dtype=spec.head_dtype,
+        head_dtype=head_dtype,
         max_length=spec.max_length,
         batch_tokens=spec.batch_tokens,
         extra=json.dumps(spec.extra, sort_keys=True),
+        quantization=spec.quantization,
         memory_fraction=spec.memory_fraction,
         tensor_parallel=spec.tensor_parallel,
     )

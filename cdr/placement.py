@@ -182,7 +182,7 @@ def _with_shares(
 
 def _copy(engine: EngineSpec) -> EngineSpec:
     """Give what engines on one copy of weights have in common; only vLLM's share one."""
-    return replace(engine, name="", adapter_path=None) if engine.engine == "vllm" else engine
+    return engine.weights() if engine.engine == "vllm" else engine
 
 
 def _look_up(spark: SparkSession) -> int:

@@ -6,12 +6,13 @@ vocabularies or the prompt pack is known within seconds. Loads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_chat_template
 from cdr.config import AnnotateConfig, Condition, RewardSpec, content_hash
 from cdr.encoding import EncodingPlan, TokenizerSpec
+from cdr.engines.adapters import share_weights
 from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
@@ -133,7 +134,8 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         score_end_of_turn=reward.encoding.score_end_of_turn,
         drop_exemplar_when_too_long=reward.encoding.drop_exemplar_when_too_long,
     )
-    route = _route_plan(reward, models, pack)
+    engines = share_weights([model.engine_spec for model in scoring.values()])
+    route = _route_plan(reward, models, pack, engines)
     template_hashes = {
         term.model: content_hash(
             [_template(reward, models, models[term.model]), models[term.model].tokenizer_hash()]
@@ -147,7 +149,7 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         models=models,
         pack=pack,
         encoding=encoding,
-        engines=tuple(model.engine_spec for model in scoring.values()),
+        engines=engines,
         route=route,
         reward_key=reward_key(
             reward,
@@ -223,7 +225,10 @@ def _check_vocabulary(spec: TokenizerSpec, model: ResolvedModel) -> None:
 
 
 def _route_plan(
-    reward: RewardSpec, models: Mapping[str, ResolvedModel], pack: PromptPack | None
+    reward: RewardSpec,
+    models: Mapping[str, ResolvedModel],
+    pack: PromptPack | None,
+    scoring: Sequence[EngineSpec],
 ) -> RoutePlan | None:
     routing = reward.routing
     if routing.mode != "adaptive":
@@ -246,10 +251,12 @@ def _route_plan(
         fallback=routing.fallback,
         calibrate=routing.calibrate,
     )
+    (alone,) = share_weights([model.engine_spec])
     return RoutePlan(
         pack=pack,
         domains=tuple(domains),
-        engine=model.engine_spec,
+        # A router that is also a scoring model stays loaded from one stage to the next.
+        engine=next((spec for spec in scoring if spec.name == alone.name), alone),
         tokenizer=tokenizer,
         threshold=routing.threshold,
         fallback=routing.fallback,

@@ -13,6 +13,7 @@ from pyspark.sql import Row, SparkSession
 
 from cdr.engines.base import EngineSpec
 from cdr.errors import SetupError
+from cdr.gpus import task_gpus
 from cdr.node_cache import format_gib
 from cdr.plan import AnnotationPlan
 from cdr.stages import MapFunction
@@ -99,8 +100,9 @@ def plan_sources(plan: AnnotationPlan) -> dict[Source, str]:
 def plan_engine_sets(plan: AnnotationPlan) -> list[dict[str, EngineSpec]]:
     """Give the sets of engines that a run loads, in its order, by role."""
     sets = [{plan.config.reward.routing.model: plan.route.engine}] if plan.route else []
+    engines = {engine.name: engine for engine in plan.engines}
     scoring = {
-        term.model: plan.models[term.model].engine_spec
+        term.model: engines[plan.models[term.model].model_key]
         for term in plan.config.reward.resolved_terms()
     }
     if plan.config.run.placement == "sequential":
@@ -108,7 +110,9 @@ def plan_engine_sets(plan: AnnotationPlan) -> list[dict[str, EngineSpec]]:
     return [*sets, scoring]
 
 
-def warm_up(spark: SparkSession, function: MapFunction) -> WarmUpReport:
+def warm_up(
+    spark: SparkSession, function: MapFunction, engines: Sequence[EngineSpec]
+) -> WarmUpReport:
     """Run a function on every executor.
 
     Spark has no call for "once per executor". A barrier stage would start all of its tasks at
@@ -120,6 +124,7 @@ def warm_up(spark: SparkSession, function: MapFunction) -> WarmUpReport:
     Args:
         spark: the session; with dynamic allocation only executors that run now are reached.
         function: `udfs.warm_up.make_warm_up`'s.
+        engines: those that it loads: a task gets as many GPUs as the largest needs.
 
     Raises:
         SetupError: some executors gave no answer.
@@ -127,7 +132,9 @@ def warm_up(spark: SparkSession, function: MapFunction) -> WarmUpReport:
     rows: list[Row] = []
     for _ in range(_MAX_ROUNDS):
         slots = max(spark.sparkContext.defaultParallelism, _count_executors(spark))
-        tasks = spark.range(0, slots, 1, slots).mapInPandas(function, WARM_UP_DDL)
+        tasks = spark.range(0, slots, 1, slots).mapInPandas(
+            function, WARM_UP_DDL, **(task_gpus(spark, engines) if engines else {})
+        )
         rows += tasks.collect()  # a few rows per task: what is reported
         executors = {(row.host, row.executor) for row in rows}
         if len(executors) >= _count_executors(spark):

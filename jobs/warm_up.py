@@ -13,8 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cdr.cli import FAILED, OK, run_job
+from cdr.cli import FAILED, OK, end, run_job
 from cdr.config import load_annotate_config
+from cdr.placement import place
 from cdr.plan import plan_annotation
 from cdr.session import get_session
 from cdr.warm_up import plan_engine_sets, plan_sources, warm_up
@@ -43,9 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
     plan = plan_annotation(load_annotate_config(args.config, args.set))
-    engine_sets = plan_engine_sets(plan) if args.load else []
     spark = get_session("cdr warm-up")
-    report = warm_up(spark, make_warm_up(plan_sources(plan), engine_sets))
+    plan = place(plan, spark)
+    engine_sets = plan_engine_sets(plan) if args.load else []
+    loaded = [engine for engines in engine_sets for engine in engines.values()]
+    report = warm_up(spark, make_warm_up(plan_sources(plan), engine_sets), loaded)
     print("\n".join(report.lines))
     print(f"{report.num_executors} executors answered, on {report.num_nodes} nodes")
     if report.num_failed:
@@ -53,5 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return FAILED if report.num_failed else OK
 
 
+def run() -> None:
+    """Run as a program: this script, the command `cdr-warm-up`, or a wheel task of Databricks."""
+    end(run_job(main))
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    run()

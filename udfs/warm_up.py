@@ -16,7 +16,8 @@ import pandas as pd
 from cdr.engines.base import EngineSpec
 from cdr.engines.client import connect
 from cdr.engines.device import Device, claim_device, task_gpu_addresses, visible_cuda_devices
-from cdr.engines.launch import find_owner, host_environment
+from cdr.engines.launch import host_environment
+from cdr.engines.owner import find_owner
 from cdr.errors import CdrError
 from cdr.warm_up import HOLD_S, Answer
 from cdr.weights import Source
@@ -35,13 +36,17 @@ def make_warm_up(
         A function over frames of any columns; it yields `cdr.warm_up.WARM_UP_DDL` rows, one per
         source and per set of engines. What goes wrong is a row's `error`.
     """
+    loaded = [spec for engines in engine_sets for spec in engines.values()]
+    num_gpus = max((spec.tensor_parallel for spec in loaded), default=1)
 
     def warm_up(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         begin = time.monotonic()
         for _ in frames:
             pass
         owner = find_owner()
-        with claim_device(task_gpu_addresses(), visible_cuda_devices()) as device:
+        with claim_device(
+            task_gpu_addresses(), visible_cuda_devices(), owner, num_gpus=num_gpus
+        ) as device:
             place = (socket.gethostname(), f"{owner.pid}-{owner.start}", str(device))
             answers = [_fetch(place, source, roles) for source, roles in sources.items()]
             if all(answer.error is None for answer in answers):

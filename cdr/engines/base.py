@@ -8,11 +8,13 @@ question. The protocol is the same in process and through the engine host (`cdr.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from cdr.errors import ModelError
 
 TokenLogprobs = npt.NDArray[np.float32]
 """Log-probs in nats, one per completion token, shape [num_tokens]. Sum them in float64."""
@@ -66,7 +68,7 @@ class EngineSpec:
 
     Args:
         name: what requests call it; the model's `model_key`.
-        engine: `transformers` or `stub`.
+        engine: `transformers`, `vllm` or `stub`.
         path: folder of weights and tokenizer, hub id or URI; engines themselves get a folder of
             this node (`cdr.weights.make_local`).
         revision: commit hash of the hub id; None for all others.
@@ -76,12 +78,16 @@ class EngineSpec:
         max_length: tokens of prefix and completion together that the engine must take.
         batch_tokens: token rows per forward at most.
         extra: further engine arguments, as JSON text of an object.
+        quantization: how weights are quantised (vLLM); None for as they are.
         memory_fraction: share of each device's memory that the engine may take, in (0, 1]; None
             leaves it to the engine.
-        tensor_parallel: devices over which the weights are split.
+        tensor_parallel: devices over which the weights are split (vLLM).
         checksum: content hash that the model's files must have; None where it is not known.
         adapter_revision: commit hash of the adapter's hub id.
         adapter_checksum: content hash that the adapter's files must have.
+        max_adapter_rank: largest LoRA rank that engines on these weights may have, so that they
+            can share them (vLLM); 0 where only this engine's own adapter counts.
+        adapter_modules: names of the modules that such adapters change, sorted, with commas.
     """
 
     name: str
@@ -94,11 +100,20 @@ class EngineSpec:
     max_length: int = 2048
     batch_tokens: int = 4096
     extra: str = "{}"
+    quantization: str | None = None
     memory_fraction: float | None = None
     tensor_parallel: int = 1
     checksum: str | None = None
     adapter_revision: str | None = None
     adapter_checksum: str | None = None
+    max_adapter_rank: int = 0
+    adapter_modules: str = ""
+
+    def weights(self) -> EngineSpec:
+        """Give what engines have in common that differ by their adapter only."""
+        return replace(
+            self, name="", adapter_path=None, adapter_revision=None, adapter_checksum=None
+        )
 
 
 class LogprobEngine(Protocol):
@@ -111,7 +126,8 @@ class LogprobEngine(Protocol):
     engine_version: str
     """For example `transformers 5.19.0 / torch 2.13.0`."""
     is_concurrent: bool
-    """Whether it works while another engine of its process does: it computes in child processes."""
+    """Whether the work is done in other processes: two such engines may be busy at a time, each
+    with one caller."""
 
     def score(self, groups: Sequence[ScoringGroup]) -> list[list[TokenLogprobs]]:
         """Give the log-prob of every completion token given prefix and earlier tokens.
@@ -147,8 +163,6 @@ def make_engine(spec: EngineSpec, num_threads: int | None = None) -> LogprobEngi
     Raises:
         ModelError: the model cannot be loaded, or this machine lacks the engine's package.
     """
-    from cdr.errors import ModelError
-
     if spec.engine == "stub":
         from cdr.engines.stub import StubEngine
 
@@ -157,4 +171,40 @@ def make_engine(spec: EngineSpec, num_threads: int | None = None) -> LogprobEngi
         from cdr.engines.transformers import TransformersEngine
 
         return TransformersEngine(spec, num_threads=num_threads)
-    raise ModelError(f"engine must be 'transformers' or 'stub', got {spec.engine!r}")
+    if spec.engine == "vllm":
+        from cdr.engines.vllm import VllmEngine
+
+        return VllmEngine(spec, num_threads=num_threads)
+    raise ModelError(f"engine must be 'transformers', 'vllm' or 'stub', got {spec.engine!r}")
+
+
+def check_length(spec: EngineSpec, num_prefix_tokens: int, num_new_tokens: int) -> None:
+    """Refuse an empty prefix or completion, and what is longer than `max_length`.
+
+    Raises:
+        ModelError: with both lengths.
+    """
+    if num_prefix_tokens < 1 or num_new_tokens < 1:
+        raise ModelError("prefix and completion must have at least one token each, got none")
+    if num_prefix_tokens + num_new_tokens > spec.max_length:
+        raise ModelError(
+            f"prefix and completion must have at most {spec.max_length} tokens together, "
+            f"got {num_prefix_tokens} + {num_new_tokens}",
+            where=f"engine {spec.name}",
+            fix="raise max_length, or reject such rows before they reach the engine",
+        )
+
+
+def check_token_ids(spec: EngineSpec, ids: npt.NDArray[np.int64], vocab_size: int) -> None:
+    """Refuse token ids that the model has no embedding or no logit for.
+
+    Raises:
+        ModelError: with one of them.
+    """
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise ModelError(
+            f"token id {outside[0]} is not in the model's vocabulary of {vocab_size}",
+            where=f"engine {spec.name} ({spec.path})",
+            fix="use `template: plain` for a model without the template's special tokens",
+        )

@@ -47,6 +47,7 @@ class StubEngine:
     """
 
     engine_version = "stub 1"
+    is_concurrent = False
 
     def __init__(self, spec: EngineSpec) -> None:
         knobs = json.loads(spec.extra)

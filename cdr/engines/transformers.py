@@ -29,7 +29,15 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from cdr.engines.base import EngineSpec, Sample, SamplingRequest, ScoringGroup, TokenLogprobs
+from cdr.engines.base import (
+    EngineSpec,
+    Sample,
+    SamplingRequest,
+    ScoringGroup,
+    TokenLogprobs,
+    check_length,
+    check_token_ids,
+)
 from cdr.engines.causal_lm import CausalLm, KeysValues
 from cdr.engines.hardware import count_cores
 from cdr.engines.prefix_tree import Ints, PrefixTree, build_prefix_tree
@@ -97,7 +105,7 @@ class TransformersEngine:
         """
         completions = [(group.prefix_ids, c) for group in groups for c in group.completions_ids]
         for prefix_ids, completion_ids in completions:
-            self._check_length(len(prefix_ids), len(completion_ids))
+            check_length(self.spec, len(prefix_ids), len(completion_ids))
         tree = build_prefix_tree(groups, self._path.token_ids)
         logprobs = self._score_tree(tree)
         if not np.isfinite(logprobs).all():
@@ -122,7 +130,7 @@ class TransformersEngine:
         batches: list[list[_Job]] = []
         longest = 0
         for request in requests:
-            self._check_length(len(request.prefix_ids), request.max_new_tokens)
+            check_length(self.spec, len(request.prefix_ids), request.max_new_tokens)
             for seed in request.seeds:
                 length = len(request.prefix_ids) + request.max_new_tokens
                 longest = max(longest, length)
@@ -162,7 +170,8 @@ class TransformersEngine:
         Yields:
             First row, one past the last row, and their hidden states, shape [rows, hidden].
         """
-        self._check_ids(tree)
+        ids = np.concatenate([tree.token_ids, tree.target_ids])
+        check_token_ids(self.spec, ids, self._lm.vocab_size)
         begin, num_rows = tree.num_known, len(tree)
         path = np.arange(begin)
         layers = [(keys[:, :, :begin], values[:, :, :begin]) for keys, values in self._path.layers]
@@ -287,29 +296,6 @@ class TransformersEngine:
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-
-    def _check_length(self, num_prefix_tokens: int, num_new_tokens: int) -> None:
-        """Refuse an empty prefix or completion, and what is longer than `max_length`."""
-        if num_prefix_tokens < 1 or num_new_tokens < 1:
-            raise ModelError("prefix and completion must have at least one token each, got none")
-        if num_prefix_tokens + num_new_tokens > self.spec.max_length:
-            raise ModelError(
-                f"prefix and completion must have at most {self.spec.max_length} tokens together, "
-                f"got {num_prefix_tokens} + {num_new_tokens}",
-                where=f"engine {self.spec.name}",
-                fix="raise max_length, or reject such rows before they reach the engine",
-            )
-
-    def _check_ids(self, tree: PrefixTree) -> None:
-        """Refuse token ids that the model has no embedding or no logit for."""
-        ids = np.concatenate([tree.token_ids, tree.target_ids])
-        outside = ids[(ids < 0) | (ids >= self._lm.vocab_size)]
-        if len(outside):
-            raise ModelError(
-                f"token id {outside[0]} is not in the model's vocabulary of {self._lm.vocab_size}",
-                where=f"engine {self.spec.name} ({self.spec.path})",
-                fix="use `template: plain` for a model without the template's special tokens",
-            )
 
     @torch.inference_mode()
     def _check_architecture(self) -> None:

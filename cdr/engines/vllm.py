@@ -18,6 +18,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,8 @@ class VllmEngine:
         for group in groups:
             for ids in group.completions_ids:
                 check_length(self.spec, len(group.prefix_ids), len(ids))
-                check_token_ids(
-                    self.spec, np.array(group.prefix_ids + ids, np.int64), self._core.vocab_size
-                )
+            all_ids = np.array([*group.prefix_ids, *chain(*group.completions_ids)], np.int64)
+            check_token_ids(self.spec, all_ids, self._core.vocab_size)
         scored = score_groups(groups, self.ask, self._core.features)
         if scored.num_resubmitted:
             self.num_resubmitted += scored.num_resubmitted
@@ -179,14 +179,14 @@ class _Core:
         self._adapters: dict[str, int] = {}
         self.version = f"vllm {version} / torch {metadata.version('torch')}"
         fields = vllm.SamplingParams.__struct_fields__
-        arguments = make_llm_arguments(spec, is_cpu=current_platform.is_cpu())
-        if not hasattr(vllm.EngineArgs, "lora_target_modules"):
-            arguments.pop("lora_target_modules", None)
-        if "logprob_token_ids" not in fields:
-            arguments["max_logprobs"] = -1  # primers then ask for the whole vocabulary
         check_devices(spec, current_platform)
         before = _find_processes()
         try:
+            arguments = make_llm_arguments(spec, is_cpu=current_platform.is_cpu())
+            if not hasattr(vllm.EngineArgs, "lora_target_modules"):
+                arguments.pop("lora_target_modules", None)
+            if "logprob_token_ids" not in fields:
+                arguments["max_logprobs"] = -1  # primers then ask for the whole vocabulary
             self._llm = vllm.LLM(**arguments)
         except Exception as error:
             # Whatever vLLM raises here (it has no error class for it), the model is not loaded.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ pytestmark = [
         not (resolve_demo_model_dir() / "model.safetensors").is_file(),
         reason="the demo model is not there: run jobs/make_demo_model.py",
     ),
-    pytest.mark.skipif(shutil.which("spark-submit") is None, reason="no Spark"),
 ]
 
 
 def annotate(warehouse: Path, engine: str) -> Job:
     """Run the demo's first prompts with one engine, in float32, on an empty warehouse."""
-    job = Job(ROOT / "conf/annotate/demo.yaml", warehouse, Path("unused"))
+    job = Job(ROOT / "conf/annotate/demo.yaml", warehouse, warehouse.parent / "unused.jsonl")
     changes = [f"engine={engine}", f"warehouse={warehouse}", "tracking.enabled=false"]
     changes += [f"reward.models.{role}.dtype=float32" for role in ("strong", "weak", "router")]
     arguments = [argument for change in changes for argument in ("--set", change)]

@@ -23,6 +23,7 @@ report success. So there the writers of a table take turns.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import random
 from collections.abc import Callable, Iterator
@@ -37,6 +38,9 @@ MAX_TRIES = 8
 """Times a write is tried; the waits between add up to 13 to 26 s, a small commit takes one."""
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
+
+# Some network file systems cannot lock; one run at a time is all that they allow.
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 # A platform with a Delta of its own raises other classes, under these conditions all the same.
 _LOST_RACE_CONDITIONS = {
@@ -78,9 +82,10 @@ def commit(
             if not lost_race(error):
                 raise
             if tries == max_tries:
+                reason, _, _ = str(error).partition("\n")
                 raise TableError(
                     f"other runs were faster to write to the table '{table}', {tries} times: "
-                    f"{str(error).splitlines()[0]}",
+                    f"{reason}",
                     fix="run again: what was committed before is kept",
                 ) from error
         else:
@@ -97,9 +102,13 @@ def _turn(lock: Path | None) -> Iterator[None]:
         yield
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as stream:
-        # Between processes only: the threads of one share the lock, and Delta sees to them.
-        fcntl.lockf(stream, fcntl.LOCK_EX)
+    with lock.open("w") as stream:
+        try:
+            # Between processes only: the threads of one share the lock, and Delta sees to them.
+            fcntl.lockf(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
         yield
 
 

@@ -60,7 +60,7 @@ def test_a_replace_that_another_runs_replace_overtook_is_made_again(
     spark: SparkSession, tmp_path: Path, waits: list[float]
 ) -> None:
     warehouse = Warehouse(spark, str(tmp_path / "warehouse"))
-    one = spark.range(1)
+    one = spark.range(0, 1, numPartitions=1)  # one task: the other slot is for the other run
     warehouse.append(ROUTES, routes(one, "theirs"))
     begun, go = tmp_path / "begun", tmp_path / "go"
     mine = routes(held_back(one, begun, go), "mine")
@@ -98,7 +98,7 @@ class MeetingWarehouse(Warehouse):
 
 @pytest.mark.parametrize("place", [None, "cdr_race.routes"], ids=["path", "catalog"])
 def test_two_runs_that_create_a_table_at_once_both_write_to_it(
-    spark: SparkSession, tmp_path: Path, place: str | None
+    spark: SparkSession, tmp_path: Path, place: str | None, waits: list[float]
 ) -> None:
     spark.sql("CREATE DATABASE IF NOT EXISTS cdr_race")
     places = {"routes": place} if place else {}
@@ -113,6 +113,7 @@ def test_two_runs_that_create_a_table_at_once_both_write_to_it(
                 for key, run in runs.items()
             ]:
                 writing.result()
+        assert waits, "one of the two was to lose"
         assert router_keys(Warehouse(spark, str(tmp_path), places)) == {"a", "b"}
     finally:
         spark.sql("DROP DATABASE cdr_race CASCADE")

@@ -98,7 +98,8 @@ def read_source(spark: SparkSession, source: SourceSpec) -> DataFrame:
         if source.table is not None:
             return reader.table(source.table)
         if not _exists(spark, place):
-            raise InputError("the input does not exist", where=place, fix="check input.path")
+            fix = "check input.path, and that Spark may look into the folders above it"
+            raise InputError("the input does not exist", where=place, fix=fix)
         frame = reader.format(source.format).load(place)
         # Schemas are read lazily; a folder of another format shows itself only now.
         if not frame.schema.fields:

@@ -32,6 +32,7 @@ from cdr.sources import (
     check_columns,
     read_source,
     reading,
+    refuse_mixed_json,
 )
 from cdr.tables import MESSAGES
 
@@ -93,10 +94,12 @@ def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
     completions = read_source(spark, source)
     if source.layout != "joined":
         _check_columns(completions, source)
+        refuse_mixed_json(spark, source, completions, _texts(source.columns))
         return completions
     # A version is the completions' own; prompts are read as they are now.
     only = {"path": source.prompts_path, "table": None, "version": None}
-    prompts = read_source(spark, source.model_copy(update=only))
+    of_prompts = source.model_copy(update=only)
+    prompts = read_source(spark, of_prompts)
     key = str(source.columns.prompt_id)
     place = str(source.prompts_path)
     check_columns(completions, [(key, IDENTIFIER)], source.place)
@@ -112,6 +115,8 @@ def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
     repeated = [c for c in prompts.columns if c in completions.columns and c != key]
     joined = completions.join(prompts.drop(*repeated), on=key, how="left")
     _check_columns(joined, source)
+    for frame, place_of in ((completions, source), (prompts, of_prompts)):
+        refuse_mixed_json(spark, place_of, frame, _texts(source.columns))
     with reading(source):
         if not prompts.groupBy(key).count().where("count > 1").isEmpty():
             raise InputError(f"the prompts have the same {key} more than once", where=place)
@@ -148,6 +153,11 @@ def _to_candidates(rows: DataFrame, source: InputSpec) -> DataFrame:
         F.col("one.completion").alias("completion"),
         F.col("one.finish_reason").cast("string").alias("finish_reason"),
     )
+
+
+def _texts(names: ColumnsSpec) -> list[str]:
+    texts = (names.prompt, names.completion, names.completion_b, names.system)
+    return [name for name in texts if name is not None]
 
 
 def _mapped(names: ColumnsSpec, layout: str) -> set[str]:

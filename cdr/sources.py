@@ -1,8 +1,7 @@
 """Open a table that a user names; what is wrong with it is said before it costs anything.
 
 Delta, Parquet or JSON lines, by path or catalog name, on any file system that Spark reads. Nothing
-is guessed: a column must be there and hold what is expected, a file must be whole. Looks at schemas
-and folders on the driver, at no rows.
+is guessed: a column must be there and hold what is expected, a file must be whole.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from cdr.config import SourceSpec
@@ -99,7 +100,8 @@ def read_source(spark: SparkSession, source: SourceSpec) -> DataFrame:
         if source.table is not None:
             return reader.table(source.table)
         if not _exists(spark, place):
-            raise InputError("the input does not exist", where=place, fix="check input.path")
+            fix = "check input.path, and that Spark may look into the folders above it"
+            raise InputError("the input does not exist", where=place, fix=fix)
         frame = reader.format(source.format).load(place)
         # Schemas are read lazily; a folder of another format shows itself only now.
         if not frame.schema.fields:
@@ -178,6 +180,63 @@ def check_columns(
     if wrong:
         fix = fix or "convert it, or map another column"
         raise InputError("\n".join(wrong), where=where, fix=fix)
+
+
+def refuse_mixed_json(
+    spark: SparkSession, source: SourceSpec, rows: DataFrame, names: Sequence[str]
+) -> None:
+    """Refuse JSON that holds text in one line and an array in another, in one column.
+
+    Spark makes text of such arrays and says nothing. Reads the file once more, as if all texts were
+    arrays: only those that are do not become null. (Not found: one array with texts and arrays.)
+
+    Args:
+        spark: the session.
+        source: where the input is; other formats have one type per column.
+        rows: the input as it was read.
+        names: its columns of text or messages; those that are not there are left out.
+
+    Raises:
+        InputError: a column holds both.
+    """
+    present = [name for name in names if name in rows.columns]
+    if source.format != "json" or source.path is None or not present:
+        return
+    kinds = {name: _arrays_for_texts(rows.schema[name].dataType) for name in present}
+    schema = T.StructType([T.StructField(name, kind) for name, kind in kinds.items()])
+    probe = spark.read.schema(schema).json(source.path)
+    found = [F.max(_has_array(F.col(f"`{n}`"), kind)).alias(n) for n, kind in kinds.items()]
+    with reading(source):
+        # One row: whether each column has such an array.
+        mixed = probe.agg(*found).first()
+    wrong = [name for name in present if mixed is not None and mixed[name]]
+    if wrong:
+        raise InputError(
+            f"of the columns {wrong}, some lines hold text and others an array",
+            where=source.place,
+            fix="write all lines in one way: a prompt is text or messages, their content text",
+        )
+
+
+def _arrays_for_texts(kind: T.DataType) -> T.DataType:
+    if isinstance(kind, T.ArrayType):
+        return T.ArrayType(_arrays_for_texts(kind.elementType))
+    if isinstance(kind, T.StructType):
+        # A message; what else it may hold is not read.
+        texts = [field for field in kind if field.name in ("role", "content")]
+        return T.StructType([T.StructField(f.name, _arrays_for_texts(f.dataType)) for f in texts])
+    return T.ArrayType(T.StringType())
+
+
+def _has_array(value: Column, kind: T.DataType) -> Column:
+    """Tell whether one of the arrays that `_arrays_for_texts` put there was read."""
+    if isinstance(kind, T.ArrayType) and not isinstance(kind.elementType, T.StringType):
+        inner = kind.elementType
+        return F.coalesce(F.exists(value, lambda v: _has_array(v, inner)), F.lit(False))
+    if isinstance(kind, T.StructType):
+        fields = [_has_array(value.getField(field.name), field.dataType) for field in kind]
+        return reduce(Column.__or__, fields, F.lit(False))
+    return value.isNotNull()
 
 
 def _exists(spark: SparkSession, place: str) -> bool:

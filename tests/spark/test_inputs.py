@@ -346,6 +346,28 @@ def test_a_column_of_another_type_is_named_with_the_type_it_should_have(
     assert f", expected {expected}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("layout", "row", "column"),
+    [
+        ("long", {"completion": ANSWER}, "completion"),
+        ("long", {"prompt": PARTS}, "prompt"),
+        ("array", {"completion": [ANSWER, ANSWER]}, "completion"),
+        ("ab", {"completion_b": ANSWER}, "completion_b"),
+    ],
+)
+def test_json_with_text_in_one_line_and_an_array_in_another_is_refused_not_made_text(
+    spark: SparkSession, tmp_path: Path, layout: str, row: dict[str, Any], column: str
+) -> None:
+    # Text that looks like JSON is text.
+    good = {"prompt": USER, "completion": '["x"]', "completion_b": "{}"}
+    if layout == "array":
+        good["completion"] = ['["x"]', "y"]
+    assert reasons(read(spark, write(tmp_path / "a.jsonl", [good]), layout=layout))[0] is None
+    path = write(tmp_path / "in.jsonl", [good, {**good, **row}])
+    with pytest.raises(InputError, match=rf"\['{column}'\], some lines hold text and others an"):
+        read(spark, path, layout=layout)
+
+
 def test_all_columns_of_wrong_types_are_named_at_once(spark: SparkSession, tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", [{"prompt": 7, "completion": 8}])
     with pytest.raises(InputError, match=r"'prompt' is bigint.*\n.*'completion' is bigint"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
+import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -129,10 +132,19 @@ def slow_job(make_job: Callable[..., Job]) -> Job:
     return make_job(rows, knobs, wave_tokens=1000, request_tokens=256, devices=4)
 
 
-def in_second_wave(job: Job, cluster: Cluster) -> None:
-    wait_for(lambda: job.commits("logprobs") >= 2, 300, "no wave was committed")
-    wait_for(lambda: len(cluster.hosts) >= 2, 60, "no hosts")
-    time.sleep(0.5)
+@contextlib.contextmanager
+def running(job: Job, settings: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start the job; it is gone afterwards, also when the test fails."""
+    with job.start(settings=settings) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for_hosts(cluster: Cluster) -> None:
+    wait_for(lambda: len(cluster.hosts) >= 2 and cluster.engine_children, 600, "no engine hosts")
 
 
 def test_an_executor_killed_in_a_wave_costs_only_time_with_dynamic_allocation(
@@ -146,17 +158,20 @@ def test_an_executor_killed_in_a_wave_costs_only_time_with_dynamic_allocation(
             "spark.dynamicAllocation.executorIdleTimeout": "60s",
         }
     )
-    process = job.start(settings=settings)
-    in_second_wave(job, on_cluster)
-    victim = on_cluster.executors[0]
-    hosts = [h for h in on_cluster.hosts if f"--owner-pid {victim.pid} " in " ".join(h.cmdline())]
-    children = [child for host in hosts for child in host.children()]
-    assert hosts
-    assert len(children) == 2 * len(hosts)  # one of each engine
-    victim.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs([*hosts, *children], timeout=8)
-    assert not alive, "what the killed executor's tasks had started is still there"
-    code, output = job.end(process, timeout_s=400)
+    with running(job, settings) as process:
+        wait_for(lambda: job.commits("logprobs") >= 2, 600, "no wave was committed")
+        wait_for_hosts(on_cluster)
+        time.sleep(0.5)  # the second wave begins
+        victim = on_cluster.executors[0]
+        owner = f"--owner-pid {victim.pid} "
+        hosts = [host for host in on_cluster.hosts if owner in " ".join(host.cmdline())]
+        children = [child for host in hosts for child in host.children()]
+        assert hosts
+        assert len(children) == 2 * len(hosts)  # one of each engine
+        victim.send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs([*hosts, *children], timeout=10)
+        assert not alive, "what the killed executor's tasks had started is still there"
+        code, output = job.end(process, timeout_s=600)
     assert code == 0, output
     assert_complete(job)
     told = r"loaded \w+ in [\d.]+ s on \S+ (cuda:\d) \(engine host (\d+)\)"
@@ -168,10 +183,9 @@ def test_an_executor_killed_in_a_wave_costs_only_time_with_dynamic_allocation(
 def test_nothing_is_left_on_the_nodes_when_the_driver_is_killed(
     on_cluster: Cluster, slow_job: Job
 ) -> None:
-    process = slow_job.start(settings=on_cluster.settings())
-    in_second_wave(slow_job, on_cluster)
-    assert on_cluster.engine_children
-    for driver in on_cluster.processes("SparkSubmit"):
-        driver.send_signal(signal.SIGKILL)
-    process.wait(30)
-    on_cluster.assert_empty(timeout_s=30)
+    with running(slow_job, on_cluster.settings()) as process:
+        wait_for_hosts(on_cluster)
+        for driver in on_cluster.processes("SparkSubmit"):
+            driver.send_signal(signal.SIGKILL)
+        process.wait(30)
+        on_cluster.assert_empty(timeout_s=30)

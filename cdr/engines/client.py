@@ -26,6 +26,9 @@ from cdr.engines.wire import Group, Head, Outcome, Payload, Value
 from cdr.errors import EngineError, FailReason
 from cdr.weights import may_be_fetched
 
+_DEATHS_OF_A_PREFIX = 3
+"""Completions of one prefix that die one after the other before the rest is not tried."""
+
 
 @dataclass(frozen=True)
 class LoadedEngine:
@@ -244,11 +247,36 @@ class EngineClient:
         deaths += 1
         size = wire.num_items(group)
         if size > 1:
-            items = [(engine, wire.part(group, i, i + 1)) for i in range(size)]
-            return [[self._survive(ask, [item], deaths)[0][0] for item in items]]
+            return [self._survive_one_by_one(ask, engine, group, deaths)]
         if deaths == 1:
             return self._survive(ask, questions, deaths)
         return [[Outcome(None, FailReason.ENGINE_DIED_TWICE)]]
+
+    def _survive_one_by_one(
+        self,
+        ask: Callable[[Sequence[_Question[Group]]], list[list[Outcome[Value]] | None]],
+        engine: str,
+        group: Group,
+        deaths: int,
+    ) -> list[Outcome[Value]]:
+        """Ask completion by completion, until so many have died that their prefix is to blame.
+
+        A prefix too large for the device kills with any completion; with 32 of them, to try each
+        would cost as many loads of the model, and a group like that must not end the run.
+        """
+        outcomes: list[Outcome[Value]] = []
+        died = Outcome[Value](None, FailReason.ENGINE_DIED_TWICE, "as those before it did")
+        died_in_a_row = 0
+        for i in range(wire.num_items(group)):
+            if died_in_a_row == _DEATHS_OF_A_PREFIX:
+                outcomes.append(died)
+                continue
+            question = (engine, wire.part(group, i, i + 1))
+            ((outcome,),) = self._survive(ask, [question], deaths)
+            is_dead = outcome.error is FailReason.ENGINE_DIED_TWICE
+            died_in_a_row = died_in_a_row + 1 if is_dead else 0
+            outcomes.append(outcome)
+        return outcomes
 
     def _ask(
         self, head: Head, payload: Payload | None = None, *, timeout_s: float | None = None

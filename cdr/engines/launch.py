@@ -58,7 +58,7 @@ class HostOptions:
     start_timeout_s: float = 300.0
     load_timeout_s: float = 3600.0
     fetch_timeout_s: float = 6 * 3600.0
-    max_deaths_in_a_row: int = 8
+    max_deaths_in_a_row: int = 12
 
 
 class HostPlace:

@@ -164,6 +164,16 @@ def test_a_completion_that_kills_the_host_twice_fails_and_all_others_are_scored(
     assert is_gone(before)
 
 
+def test_a_prefix_that_kills_with_every_completion_fails_whole_and_costs_no_other(
+    client: EngineClient,
+) -> None:
+    poison = ScoringGroup((1, 2), tuple((KILL, i) for i in range(1, 33)))
+    client.set_engines([KNOBS])
+    found = values(client.score("knobs", [GROUPS[0], poison, poison, GROUPS[2]]))
+    first, last = expected(KNOBS, [GROUPS[0], GROUPS[2]])
+    assert found == [first, *[[FailReason.ENGINE_DIED_TWICE] * 32] * 2, last]
+
+
 def test_a_lone_completion_gets_its_second_chance(client: EngineClient) -> None:
     client.set_engines([KNOBS])
     pids = {client.status().pid}

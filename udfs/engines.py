@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from cdr.engines.base import EngineSpec
 from cdr.engines.client import EngineClient, connect
 from cdr.engines.device import claim_device, task_gpu_addresses, visible_cuda_devices
-from cdr.engines.owner import find_owner
 from cdr.progress import EngineLoad, TaskCounter
 
 
@@ -33,7 +32,7 @@ def task_engines(
     num_gpus = max(spec.tensor_parallel for spec in specs)
     addresses, visible = task_gpu_addresses(), visible_cuda_devices()
     with (
-        claim_device(addresses, visible, find_owner(), num_gpus=num_gpus) as device,
+        claim_device(addresses, visible, num_gpus=num_gpus) as device,
         connect(device) as client,
     ):
         status, node = client.set_engines(specs), socket.gethostname()

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from cdr.engines.owner import Owner
+from cdr.engines.owner import Owner, find_owner
 from cdr.errors import SetupError
 
 _CLAIM_POLL_S = 0.25
@@ -75,7 +75,7 @@ def visible_cuda_devices(
 def claim_device(
     addresses: Sequence[str],
     visible: Sequence[str],
-    owner: Owner,
+    owner: Owner | None = None,
     *,
     num_gpus: int = 1,
     lock_folder: Path | None = None,
@@ -86,7 +86,7 @@ def claim_device(
         addresses: what Spark gave this task (`task_gpu_addresses`); all of them are one device.
         visible: the machine's CUDA devices (`visible_cuda_devices`), claimed by tasks where Spark
             gave nothing; waits until enough of them are free.
-        owner: this task's executor.
+        owner: this task's executor; None finds it (`find_owner`).
         num_gpus: GPUs that the task needs, more than one for tensor parallelism.
         lock_folder: where the locks are; None for one folder per user and machine, shared by all
             executors.
@@ -118,7 +118,7 @@ def claim_device(
         with contextlib.ExitStack() as claim:
             # One waiter at a time looks for free devices, the others sleep at the gate.
             with _lock(folder / "gate"):
-                claimed = _claim_when_free(claim, folder, visible, owner, num_gpus)
+                claimed = _claim_when_free(claim, folder, visible, owner or find_owner(), num_gpus)
             yield Device("cuda", tuple(sorted(claimed)))
     else:
         yield Device("cpu")

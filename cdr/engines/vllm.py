@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from itertools import chain
 from typing import Any
@@ -43,7 +43,7 @@ from cdr.engines.vllm_setup import (
     refuse_head,
     set_environment,
 )
-from cdr.errors import EngineError, ModelError
+from cdr.errors import EngineDied, EngineError, ModelError
 
 # Requests handed over at once: enough to keep the device busy, few enough that answers, which hold
 # a row per prompt token, do not pile up.
@@ -227,11 +227,15 @@ class _Core:
         return request
 
     def run(self, requests: Sequence[CoreRequest], adapter: Any) -> list[Any]:
-        """Give one `vllm.RequestOutput` per request, in order."""
+        """Give one `vllm.RequestOutput` per request, in order.
+
+        Raises:
+            EngineDied: a process of vLLM's ended; this core can only be closed.
+        """
         outputs: list[Any] = []
         for first in range(0, len(requests), _MAX_REQUESTS):
             part = requests[first : first + _MAX_REQUESTS]
-            with self._turn:
+            with self._turn, self._dying_loudly():
                 got = self._llm.generate(
                     [{"prompt_token_ids": request.prompt_ids} for request in part],
                     [self._vllm.SamplingParams(**request.params) for request in part],
@@ -242,6 +246,20 @@ class _Core:
                 raise EngineError(f"vLLM gave {len(got)} answers to {len(part)} requests")
             outputs += got
         return outputs
+
+    @contextlib.contextmanager
+    def _dying_loudly(self) -> Iterator[None]:
+        """Make the death of vLLM's processes an error that the host knows how to survive."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            with _cores_lock:  # whoever loads these weights next must not get this core
+                if _cores.get(self.spec) is self:
+                    del _cores[self.spec]
+            _end_processes(self._processes)
+            raise EngineDied("vLLM's engine core ended in the middle of a request") from error
 
     def close(self) -> None:
         """End vLLM's processes and wait for their end: only then is the memory back."""
@@ -274,7 +292,8 @@ def _return_core(core: _Core) -> None:
     with _cores_lock:
         core.num_users -= 1
         if core.num_users == 0:
-            del _cores[core.spec]
+            if _cores.get(core.spec) is core:  # one that died has left already
+                del _cores[core.spec]
             core.close()
 
 

@@ -25,7 +25,7 @@ from cdr.engines.base import EngineSpec, SamplingRequest, ScoringGroup, make_eng
 from cdr.engines.transformers import TransformersEngine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import find_vllm_version
-from cdr.errors import ModelError
+from cdr.errors import EngineDied, ModelError
 
 MODEL = resolve_demo_model_dir()
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[Pair]:
     strong = replace(WEAK, name="strong", adapter_path=str(ADAPTER))
-    weak, strong = share_weights([WEAK, strong], colocated=True)
+    weak, strong = share_weights([WEAK, strong])
     pair = Pair(VllmEngine(weak, THREADS), VllmEngine(strong, THREADS))
     yield pair
     pair.weak.close()
@@ -257,6 +257,17 @@ def test_no_process_is_left_when_the_last_engine_is_closed(vllm: Pair) -> None:
     assert len(vllm_cores()) == 1
     vllm.strong.close()
     assert not vllm_cores()
+
+
+def test_an_engine_whose_core_is_killed_says_so_and_can_be_loaded_again() -> None:
+    for _ in range(2):
+        engine = VllmEngine(WEAK, THREADS)
+        (core,) = vllm_cores()
+        core.kill()
+        with pytest.raises(EngineDied):
+            engine.score([ScoringGroup((1, 2), ((3, 4),))])
+        engine.close()
+        assert not vllm_cores()
 
 
 def vllm_cores() -> list[psutil.Process]:

@@ -11,7 +11,8 @@ import pytest
 from cdr.engines.base import EngineSpec, ScoringGroup
 from cdr.engines.client import connect
 from cdr.engines.device import Device
-from cdr.engines.launch import LOG, HostOptions, Owner, host_folder
+from cdr.engines.launch import LOG, HostOptions, host_folder
+from cdr.engines.owner import Owner
 from cdr.engines.transformers import TransformersEngine
 from cdr.errors import EngineError
 from cdr.weights import WEIGHT_FILES, hash_files

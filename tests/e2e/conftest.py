@@ -64,7 +64,7 @@ class Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
-                cwd=self.warehouse.parent,
+                cwd=self.input.parent,
                 env={**os.environ, "PYSPARK_PYTHON": sys.executable},
                 start_new_session=True,
             )

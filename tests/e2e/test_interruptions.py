@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import errno
 import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,15 +50,17 @@ def in_second_wave(job: Job, process: subprocess.Popen[str]) -> None:
     time.sleep(1.0)
 
 
+def key_of(row: dict[str, Any]) -> tuple[str, bytes, bytes]:
+    """The key of a row of `logprobs`."""
+    return row["model_key"], row["prefix_hash"], row["completion_hash"]
+
+
 def assert_complete(job: Job, num_candidates: int) -> None:
     """Every candidate has a reward, every log-prob stands once, the last run did only the rest."""
     rewards = job.rows("rewards")
     assert len(rewards) == num_candidates
     assert {row["status"] for row in rewards} == {"ok"}
-    keys = Counter(
-        (row["model_key"], row["prefix_hash"], row["completion_hash"])
-        for row in job.rows("logprobs")
-    )
+    keys = Counter(map(key_of, job.rows("logprobs")))
     assert len(keys) == 2 * num_candidates  # strong and weak
     assert set(keys.values()) == {1}
 
@@ -188,12 +192,90 @@ def test_sigterm_ends_a_run_in_good_order_and_the_next_goes_on(
     assert counts(last_run(job))["logprobs_scored"] == 2 * PROMPTS * CANDIDATES - committed
 
 
-def test_max_hours_stops_after_the_wave_in_flight(make_job: Callable[..., Job]) -> None:
+def start_with_time_to_plan(job: Job) -> tuple[subprocess.Popen[str], psutil.Process, float]:
+    """Start a job whose time is not up before its models run, however slow this machine is.
+
+    Returns:
+        The job, the engine host of its first wave, and its `--max-hours` in seconds.
+    """
+    for max_s in (20.0, 90.0, 400.0):
+        process = job.start("--max-hours", str(max_s / 3600))
+        while process.poll() is None:
+            if hosts := descendants(process)["host"]:
+                return process, hosts[0], max_s
+            time.sleep(0.1)
+    pytest.fail("the first wave did not begin in time")
+
+
+def test_max_hours_commits_the_wave_in_flight_and_starts_no_other(
+    make_job: Callable[..., Job],
+) -> None:
     job = slow_job(make_job)
-    code, output = job.run("--max-hours", "0.0001")
+    process, host, max_s = start_with_time_to_plan(job)
+    host.send_signal(signal.SIGSTOP)  # holds the wave in flight until the time is up
+    age = dt.datetime.now(dt.UTC) - last_run(job)["started_at"]
+    time.sleep(max(0.0, max_s + 1 - age.total_seconds()))
+    assert job.commits("logprobs") < 2, "the first wave was over before the time was"
+    assert process.poll() is None
+    host.send_signal(signal.SIGCONT)
+    code, output = job.end(process, timeout_s=240)
     assert code == 4, output
-    assert "--max-hours is over" in output
-    assert last_run(job)["outcome"] == "stopped"
+    assert "stopped: --max-hours is over" in output
+    assert job.commits("logprobs") == 2, "not one wave (creating the table is commit 0)"
+    stopped = last_run(job)
+    assert (stopped["outcome"], stopped["waves_done"]) == ("stopped", 1)
+    assert stopped["waves_total"] > 1
+    committed = len(job.rows("logprobs"))
+    assert 0 < committed < 2 * PROMPTS * CANDIDATES
+    assert counts(stopped)["logprobs_scored"] == committed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small file system cannot be mounted here (needs root)")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def keep_full(file: Path, process: subprocess.Popen[str]) -> None:
+    """Take every page of the file system that is free, until a process has ended."""
+    with file.open("ab", buffering=0) as stream:
+        while process.poll() is None:
+            try:
+                stream.write(bytes(4096))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                time.sleep(0.05)  # what the process deletes meanwhile is taken too
+
+
+def test_a_full_disk_is_named_and_what_was_committed_is_built_upon_when_there_is_room_again(
+    make_job: Callable[..., Job], small_disk: Path
+) -> None:
+    job = slow_job(make_job)
+    job.warehouse = small_disk / "warehouse"
+    elsewhere = ("--set", f"warehouse={job.warehouse}")
+    process = job.start(*elsewhere)
+    in_second_wave(job, process)
+    keep_full(small_disk / "ballast", process)
+    code, output = job.end(process, timeout_s=240)
+    assert code == 1, output
+    assert "error: the disk is full" in output
+    committed = {key_of(row): row for row in job.rows("logprobs")}
+    assert 0 < len(committed) < 2 * PROMPTS * CANDIDATES
+
+    (small_disk / "ballast").unlink()
+    code, output = job.run(*elsewhere)
+    assert code == 0, output
+    assert_complete(job, PROMPTS * CANDIDATES)
+    after = {key_of(row): row for row in job.rows("logprobs")}
+    assert {key: after[key] for key in committed} == committed
+    assert counts(last_run(job))["logprobs_scored"] == len(after) - len(committed)
 
 
 def test_a_second_run_scores_nothing_and_changes_no_row(make_job: Callable[..., Job]) -> None:

@@ -432,7 +432,7 @@ def test_a_dry_run_reckons_what_a_model_would_cost_and_neither_loads_nor_writes_
     # Too large for any machine, and its weights are not there: only its sizes are read.
     model = tmp_path / "model"
     make_smollm2().save_pretrained(model)
-    layers, hidden, mlp, heads, vocab = 1_000_000, 4096, 11008, 32, 49152
+    layers, hidden, mlp, heads, vocab = 10_000_000, 4096, 11008, 32, 49152
     sizes = {
         "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp,
         "num_attention_heads": heads, "vocab_size": vocab, "rms_norm_eps": 1e-5,

@@ -49,6 +49,7 @@ from cdr.errors import EngineDied, EngineError, ModelError
 # a row per prompt token, do not pile up.
 _MAX_REQUESTS = 1024
 _SHUTDOWN_S = 20.0
+_WATCH_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -193,6 +194,8 @@ class _Core:
             _end_processes(_find_processes() - before)
             raise _explain(error, spec) from error
         self._processes = _find_processes() - before
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
         config = self._llm.llm_engine.vllm_config
         self.vocab_size: int = config.model_config.get_vocab_size()
         self.features = Features(
@@ -247,6 +250,20 @@ class _Core:
             outputs += got
         return outputs
 
+    def _watch(self) -> None:
+        """Wake a request whose core was killed (by the kernel, say): vLLM would wait for ever.
+
+        A core that fails by itself says so; then, and when a worker of its ends, this has nothing
+        to do.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        cores = [process for process in psutil.Process().children() if process in self._processes]
+        while not self._is_closed.wait(_WATCH_S):
+            if not all(map(_is_alive, cores)):
+                self._llm.llm_engine.engine_core.outputs_queue.put_nowait(EngineDeadError())
+                return
+
     @contextlib.contextmanager
     def _dying_loudly(self) -> Iterator[None]:
         """Make the death of vLLM's processes an error that the host knows how to survive."""
@@ -263,6 +280,7 @@ class _Core:
 
     def close(self) -> None:
         """End vLLM's processes and wait for their end: only then is the memory back."""
+        self._is_closed.set()
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         _end_processes(self._processes)
@@ -319,6 +337,12 @@ def _find_processes() -> set[psutil.Process]:
             if "resource_tracker" not in " ".join(process.cmdline()):
                 found.add(process)
     return found
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _end_processes(processes: set[psutil.Process]) -> None:

@@ -164,7 +164,8 @@ def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
     assert code == 0, output
 
     tables = {
-        name: job.rows(name) for name in ("routes", "logprobs", "rewards", "rejects", "preferences")
+        name: job.rows(name)
+        for name in ("routes", "logprobs", "rewards", "rejects", "preferences", "unpaired")
     }
     (record,) = job.rows("runs")
     uri = f"sqlite:///{job.warehouse}/mlflow.db"

@@ -232,7 +232,7 @@ def test_a_failed_sample_is_counted_and_drawn_by_the_next_run(
         for wave in job.waves(work):
             counts = sample_wave(wave, work, job.context, function)
             assert (counts.sampled, counts.failed) == (5, 1)
-            job.committed(wave, counts)
+            job.committed(counts)
         job.finish(work)
     assert job.exit_code == 3  # 1 of 6 is more than 1 %
     assert "p1-2" not in samples(warehouse)

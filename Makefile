@@ -69,7 +69,7 @@ java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import 
 demo: setup java ## Annotate the demo input, print what came, and what to try next
 	@$(SUBMIT) jobs/annotate.py --config conf/annotate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
 
-test: setup setup-vllm java ## Lint, types and every tier of tests
+test: setup setup-vllm java ## Lint, types and every tier of tests but the cluster's
 	@$(MAKE) --no-print-directory lint types
 	@$(BIN)/pytest
 

@@ -390,14 +390,19 @@ class Warehouse:
         place = self.place(table)
         if not _is_path(place):
             return None
+        place = self._qualified(place)
+        if not place.startswith("file:"):
+            return None
+        folder = Path(place.removeprefix("file:"))
+        return folder.parent / "_locks" / folder.name
+
+    def _qualified(self, place: str) -> str:
+        """Give a path with its file system and in full: `file:/home/me/warehouse/runs`."""
         jvm = self.spark._jvm
         assert jvm is not None
         path = jvm.org.apache.hadoop.fs.Path(place)
         files = path.getFileSystem(self.spark._jsc.hadoopConfiguration())
-        if files.getScheme() != "file":
-            return None
-        folder = Path(files.makeQualified(path).toUri().getPath())
-        return folder.parent / "_locks" / folder.name
+        return str(files.makeQualified(path).toString())
 
     def _writer(self, table: Table, rows: DataFrame) -> DataFrameWriter:
         missing = [name for name in table.names() if name not in rows.columns]
@@ -425,7 +430,12 @@ class Warehouse:
         place = self.place(table)
         # Not "if not exists": a table that another run has just created is to be checked.
         builder = DeltaTable.create(self.spark)
-        builder = builder.location(place) if _is_path(place) else builder.tableName(place)
+        if _is_path(place):
+            # Delta takes a relative location for a name of the catalog.
+            is_whole = place.startswith("/") or ":/" in place
+            builder = builder.location(place if is_whole else self._qualified(place))
+        else:
+            builder = builder.tableName(place)
         builder = builder.addColumns(table.schema()).comment(table.grain)
         builder = builder.property(_VERSION_PROPERTY, str(SCHEMA_VERSION))
         if table.partitioned_by:

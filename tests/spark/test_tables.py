@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,12 @@ def test_every_column_has_a_comment_and_every_key_is_a_column() -> None:
     for table in TABLES:
         assert all(comment for _, _, comment in table.columns)
         assert set(table.key) | set(table.partitioned_by) <= set(table.names())
+
+
+def test_a_warehouse_may_be_given_relative_to_the_working_directory(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    warehouse = Warehouse(spark, os.path.relpath(tmp_path / "warehouse"))
+    warehouse.append(ROUTES, route_rows(spark, "r1", "a"))
+    assert warehouse.read(ROUTES).count() == 1
+    assert (tmp_path / "warehouse" / "routes" / "_delta_log").is_dir()

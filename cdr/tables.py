@@ -298,9 +298,11 @@ class Warehouse:
         return self._places.get(table.name, f"{self.root}/{table.name}")
 
     def sql_name(self, table: Table) -> str:
-        """Give what stands behind FROM in a query over the table."""
+        """Give what stands behind FROM in a query over the table; Delta wants a full path there."""
         place = self.place(table)
-        return f"delta.`{place}`" if _is_path(place) else place
+        return (
+            f"delta.`{self._qualified(place).removeprefix('file:')}`" if _is_path(place) else place
+        )
 
     def exists(self, table: Table) -> bool:
         """Tell whether the table has been written."""
@@ -397,7 +399,7 @@ class Warehouse:
         return folder.parent / "_locks" / folder.name
 
     def _qualified(self, place: str) -> str:
-        """Give a path with its file system and in full: `file:/home/me/warehouse/runs`."""
+        """Give a path with its file system and in full, as `file:/data/warehouse/runs`."""
         jvm = self.spark._jvm
         assert jvm is not None
         path = jvm.org.apache.hadoop.fs.Path(place)

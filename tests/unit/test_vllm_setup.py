@@ -304,7 +304,7 @@ def test_engines_with_the_same_weights_are_on_one_core_until_the_last_is_closed(
 ) -> None:
     weak = spec_of(model)
     strong = replace(weak, name="s", adapter_path=str(make_adapter(tmp_path / "a", r=12)))
-    shared = share_weights([strong, weak], colocated=True)
+    shared = share_weights([strong, weak])
     engines = [VllmEngine(spec) for spec in shared]
     assert len(cores) == 1
     assert (cores[0].spec.max_adapter_rank, cores[0].spec.adapter_path) == (16, None)

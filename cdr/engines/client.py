@@ -285,11 +285,15 @@ class EngineClient:
 
         A request that was still waiting when the host died is sent again.
         """
-        while self._deaths_in_a_row < self._options.max_deaths_in_a_row:
+        most, unheard = self._options.max_deaths_in_a_row, 0
+        while max(self._deaths_in_a_row, unheard) < most:
             try:
                 reply = self._exchange(head, payload, timeout_s)
             except _HostDied as death:
-                self._deaths_in_a_row += 1
+                if death.was_running:
+                    self._deaths_in_a_row += 1
+                else:
+                    unheard += 1  # perhaps one more knock at the door of a host that just died
                 if "asked" in head:
                     # Loading first and by itself: if that is what kills the host, this says so.
                     self.set_engines(self._specs)
@@ -299,8 +303,9 @@ class EngineClient:
                 if "error" in reply[0]:
                     raise self._failure(reply[0]["error"])
                 return reply
-        what = f"died {self._deaths_in_a_row} times in a row"
-        raise self._failure(f"the engine host on {self._device}, or an engine in it, {what}")
+        raise self._failure(
+            f"the engine host on {self._device}, or an engine in it, died {most} times in a row"
+        )
 
     def _exchange(self, head: Head, payload: Payload | None, timeout_s: float | None) -> Payload:
         is_running = False

@@ -141,6 +141,8 @@ def nearest_rank(values: Sequence[float], share: float) -> float:
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
+# MLflow's own mappers, when its database store is first imported.
+@pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +193,8 @@ def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
 
     assert record["input_versions"] == [("completions", 1)]
     versions = {name: DeltaTable(str(job.warehouse / name)).version() for name in tables}
-    assert min(versions.values()) >= 1
+    # Creating a table is its version 0; a replace that changes nothing makes none.
+    assert all(versions[name] >= 1 for name, found in tables.items() if found)
     assert {name: text for name, text in tags.items() if re.match(r"cdr\.(in|out)put", name)} == {
         "cdr.input.completions": f"{source}@1",
         **{f"cdr.output.{name}": f"{job.warehouse}/{name}@{v}" for name, v in versions.items()},

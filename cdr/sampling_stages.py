@@ -26,6 +26,7 @@ from cdr.sources import IDENTIFIER, PROMPT, TEXT, check_columns, read_source, re
 from cdr.stages import MapFunction
 from cdr.staging import Staging
 from cdr.tables import COMPLETIONS, REJECTS, Warehouse
+from cdr.waves import hash_number
 
 GENERATED_DDL = (
     "prompt_id string, completion_id string, completion string, finish_reason string, "
@@ -216,10 +217,11 @@ def plan_samples(run: SamplingContext) -> SamplingWork:
     ).first()
     assert total is not None
     num_waves = math.ceil(total[1] / plan.config.run.wave_prompts)
-    bucket = F.conv(F.substring("prompt_hash", 1, 8), 16, 10).cast("bigint")
     return SamplingWork(
         prompts=written,
-        rows=rows.where(F.size("numbers") > 0).withColumn("wave", bucket % max(num_waves, 1)),
+        rows=rows.where(F.size("numbers") > 0).withColumn(
+            "wave", hash_number("prompt_hash") % max(num_waves, 1)
+        ),
         num_prompts=total[0],
         num_missing_prompts=total[1],
         num_missing=total[2],

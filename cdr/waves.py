@@ -33,8 +33,12 @@ def bucket_column(prompt_hash: str) -> Column:
     Args:
         prompt_hash: name of the column of hex hashes.
     """
-    first = F.conv(F.substring(prompt_hash, 1, 8), 16, 10).cast("bigint")
-    return (first % BUCKETS).cast("int")
+    return (hash_number(prompt_hash) % BUCKETS).cast("int")
+
+
+def hash_number(prompt_hash: str) -> Column:
+    """Build a number below 2³² from the first eight digits of a column of hex hashes."""
+    return F.conv(F.substring(prompt_hash, 1, 8), 16, 10).cast("bigint")
 
 
 def cut_buckets(tokens: Mapping[int, int], tokens_per_wave: int) -> list[BucketRange]:

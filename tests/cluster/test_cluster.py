@@ -69,6 +69,28 @@ def test_each_device_has_its_own_host_through_all_stages_and_a_router_takes_two_
     assert not before & set.union(*later.values())
 
 
+def test_with_dynamic_allocation_executors_are_asked_for_anew_when_a_router_takes_two_at_a_time(
+    on_cluster: Cluster, tmp_path: Path
+) -> None:
+    settings = on_cluster.settings(
+        **{
+            "spark.dynamicAllocation.enabled": "true",
+            "spark.dynamicAllocation.maxExecutors": "2",
+            # Executors of the scoring stages hold all GPUs until they have been idle this long.
+            "spark.dynamicAllocation.executorIdleTimeout": "2s",
+        }
+    )
+    records = run_probe(on_cluster, tmp_path, "stages", settings)
+    assert_sound(records)
+    hosts = hosts_by_device(records)
+    assert all(len(pids) == 1 for pids in hosts.values())
+    routers = {r.executor: r.addresses for r in records if r.stage == "router"}
+    assert routers
+    assert set(routers.values()) <= {("0", "1"), ("2", "3")}
+    others = {r.executor for r in records if r.stage in SCORING_STAGES}
+    assert not others & routers.keys()
+
+
 def test_hosts_outlive_killed_tasks_and_not_a_failed_job(
     on_cluster: Cluster, tmp_path: Path
 ) -> None:

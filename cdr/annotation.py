@@ -66,7 +66,6 @@ class AnnotationRun(JobRun):
         self.context = make_context(plan, warehouse)
         super().__init__(warehouse, self.context.staging, plan.config.run)
         self._plan = plan
-        self._scored = self._failed = 0
         self._scoring_waves: Sequence[Wave] = ()
         self._started = time.monotonic()
 
@@ -130,13 +129,11 @@ class AnnotationRun(JobRun):
 
     def scored(self, result: WaveResult) -> None:
         """Note that a wave of log-probs has been committed."""
-        self._scored += result.scored
-        self._failed += result.failed
         self._note_wave({"logprobs_scored": result.scored, "logprobs_failed": result.failed})
 
     def failures(self) -> DataFrame | None:
         """Read the completions that this run could not score; None when there is none."""
-        if not self._failed:
+        if not self._counts["logprobs_failed"]:
             return None
         staging = self.context.staging
         scored = [staging.read(f"scored/wave={wave.number}") for wave in self._scoring_waves]
@@ -157,7 +154,7 @@ class AnnotationRun(JobRun):
             pairs,
             unpaired,
             asked=work.asked,
-            scored=self._scored,
+            scored=self._counts["logprobs_scored"],
             tokens=work.tokens,
             scoring_s=self._spent_s["scoring"],
             wall_s=time.monotonic() - self._started,

@@ -1,10 +1,10 @@
 """From the models a config names to what engines load: pinned, found, and keyed by content.
 
 The model key is the first part of every log-prob's key. It hashes what decides the numbers (the
-weights, the adapter, quantisation, dtype, head dtype, engine) and nothing else: where the folder
-lies, how large a batch is, or how long a row may be do not change it. Nor does the number of GPUs a
-model is spread over: it changes the order of sums, as another batch or GPU does, and a store that
-is scored on both is no worse. Runs on the driver; loads no weights.
+weights, the adapter, quantisation, dtype, head dtype, engine, the engine's `extra`) and nothing
+else: where the folder lies, how large a batch is, or how long a row may be do not change it. Nor
+does the number of GPUs a model is spread over: it changes the order of sums, as another batch or
+GPU does, and a store that is scored on both is no worse. Runs on the driver; loads no weights.
 """
 
 from __future__ import annotations

@@ -87,7 +87,11 @@ LOGPROBS = Table(
     "model × prefix × completion; only scored rows, appended once and never changed",
     ("model_key", "prefix_hash", "completion_hash"),
     (
-        ("model_key", "string", "Hash of weights, adapter, dtype, head dtype and engine"),
+        (
+            "model_key",
+            "string",
+            "Hash of weights, adapter, quantisation, dtype, head dtype, engine and its `extra`",
+        ),
         ("prefix_hash", "binary", "First 16 bytes of the sha256 of the prefix's int32 token ids"),
         ("completion_hash", "binary", "The same of the completion's token ids"),
         ("logprob_sum", "double", "Sum of the completion's token log-probs, nats"),

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cdr.config import ModelSpec, RewardSpec, content_hash
+from cdr.config import content_hash
 from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import resolve_dtype
 from cdr.engines.vllm_setup import resolve_head_dtype
 from cdr.errors import ConfigError, ModelError
+from cdr.reward_config import ModelSpec, RewardSpec
 from cdr.weights import (
     Source,
     fetch_small_files,

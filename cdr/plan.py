@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_chat_template
-from cdr.config import AnnotateConfig, Condition, RewardSpec, content_hash
+from cdr.config import AnnotateConfig, content_hash
 from cdr.encoding import EncodingPlan, TokenizerSpec
 from cdr.engines.adapters import share_weights
 from cdr.engines.base import EngineSpec
@@ -18,6 +18,7 @@ from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
 from cdr.prompt_pack import PromptPack, load_prompt_pack
 from cdr.reward import reward_key
+from cdr.reward_config import Condition, RewardSpec
 from cdr.router import router_key
 from cdr.text_files import read_text
 

@@ -16,22 +16,13 @@ from typing import Literal
 from pydantic import Field
 
 from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_chat_template
-from cdr.config import (
-    EncodingSpec,
-    JobSpec,
-    ModelSpec,
-    RewardSpec,
-    RoutingSpec,
-    SourceSpec,
-    Spec,
-    TermSpec,
-    content_hash,
-)
-from cdr.config_files import load_config
+from cdr.config import JobSpec, SourceSpec, content_hash
+from cdr.config_files import Spec, load_config
 from cdr.encoding import TokenizerSpec
 from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
+from cdr.reward_config import EncodingSpec, ModelSpec, RewardSpec, RoutingSpec, TermSpec
 from cdr.text_files import read_text
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cdr.config import ModelSpec, RewardSpec, load_annotate_config
+from cdr.config import load_annotate_config
 from cdr.engines import vllm, vllm_setup
 from cdr.engines.adapters import AdapterShape, read_adapter_shape, share_weights
 from cdr.engines.base import EngineSpec, make_engine
@@ -30,6 +30,7 @@ from cdr.engines.vllm_setup import (
 from cdr.errors import ConfigError, ModelError
 from cdr.models import resolve_models
 from cdr.plan import plan_annotation
+from cdr.reward_config import ModelSpec, RewardSpec
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DEMO_ADAPTER = CONF / "models" / "smollm2-135m-instruct-dpo"

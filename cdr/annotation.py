@@ -24,16 +24,9 @@ from cdr.sources import input_version
 from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.summary import summarize
-from cdr.tables import (
-    LOGPROBS,
-    PREFERENCES,
-    REJECTS,
-    REWARDS,
-    ROUTES,
-    UNPAIRED,
-    Warehouse,
-)
+from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED
 from cdr.tracking import RunTracker, TableVersion, redact
+from cdr.warehouse import Warehouse
 from cdr.waves import BucketRange
 
 

@@ -24,7 +24,7 @@ from cdr.errors import CdrError, Stopped
 from cdr.progress import Counts, Progress, TaskCounter, is_one_machine
 from cdr.runs import RunLog, RunRecord, StopSignal
 from cdr.staging import Staging
-from cdr.tables import Warehouse
+from cdr.warehouse import Warehouse
 
 Wave = TypeVar("Wave")
 

@@ -18,7 +18,8 @@ from cdr.plan import RoutePlan
 from cdr.progress import TaskCounter
 from cdr.router import content_free_messages
 from cdr.stages import Context, MapFunction
-from cdr.tables import ROUTES, Warehouse
+from cdr.tables import ROUTES
+from cdr.warehouse import Warehouse
 from cdr.waves import BucketRange, bucket_column, cut_buckets
 
 ROUTED_DDL = (

@@ -24,7 +24,7 @@ from cdr.routing import give_domains, plan_routing, route_wave
 from cdr.scoring import plan_waves, plan_work, score_wave
 from cdr.session import get_session
 from cdr.stages import encode, group_prompts, load_candidates, pair, reject, reward
-from cdr.tables import Warehouse
+from cdr.warehouse import Warehouse
 from udfs.encode import ENCODED_DDL, make_encode
 from udfs.route import make_route
 from udfs.score import make_score

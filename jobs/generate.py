@@ -19,7 +19,7 @@ from cdr.sampling import load_generate_config, plan_sampling
 from cdr.sampling_run import SamplingRun
 from cdr.sampling_stages import export_samples, plan_samples, sample_wave
 from cdr.session import get_session
-from cdr.tables import Warehouse
+from cdr.warehouse import Warehouse
 from udfs.generate import make_generate
 
 

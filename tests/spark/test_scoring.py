@@ -20,7 +20,8 @@ from cdr.progress import TaskCounter
 from cdr.scoring import plan_waves, plan_work, score_wave
 from cdr.stages import Context
 from cdr.staging import Staging
-from cdr.tables import LOGPROBS, Warehouse
+from cdr.tables import LOGPROBS
+from cdr.warehouse import Warehouse
 from udfs.encode import ENCODED_DDL
 
 STRONG, WEAK = (EngineSpec(name=name, engine="stub", path=name) for name in ("strong", "weak"))

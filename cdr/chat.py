@@ -77,7 +77,7 @@ class ChatEncoder:
     tokenizer over: truncation and padding are switched off in it.
 
     Args:
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: a fast tokenizer of transformers; encoders may share one.
         template: `own` (the tokenizer's), `plain`, or Jinja text.
         special_tokens_in_text: `reject` a row whose content holds the string of a control token
             or of the template's turn marker, or encode it `as_text`, without a special id.
@@ -123,8 +123,7 @@ class ChatEncoder:
         # Asked of the encoding itself: a tokenizer's options and post-processor may disagree.
         self._bos_ids = [id_ for id_ in self._backend.encode("").ids if id_ == self.bos_id]
         self.chat_template_text = _template_text(tokenizer, template)
-        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        self.is_own_template = self.chat_template_text == own
+        self.is_own_template = self.chat_template_text == own_template(tokenizer)
         self._read_template()
         self._scored_end: tuple[int, ...] = ()
         if score_end_of_turn:
@@ -149,7 +148,7 @@ class ChatEncoder:
             ModelError: no usable tokenizer is there.
             ConfigError: as in the constructor.
         """
-        return cls(_load_tokenizer(path, revision), template, **options)
+        return cls(load_tokenizer(path, revision), template, **options)
 
     @property
     def vocab_size(self) -> int:
@@ -351,20 +350,6 @@ class ChatEncoder:
         )
 
 
-def load_chat_template(path: str, revision: str | None) -> str | None:
-    """Load the text of a model's chat template; None when it has none.
-
-    Args:
-        path: local folder or hub id.
-        revision: commit hash of a hub id; None for a folder.
-
-    Raises:
-        ModelError: no usable tokenizer is there.
-    """
-    tokenizer = _load_tokenizer(path, revision)
-    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
-
-
 def check_vocabulary(encoder: ChatEncoder, model_vocab_size: int, *, who: str) -> None:
     """Check that a model knows every token its encoder can give it.
 
@@ -402,7 +387,16 @@ def check_vocabulary(encoder: ChatEncoder, model_vocab_size: int, *, who: str) -
         )
 
 
-def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
+    """Load a model's tokenizer; takes a large part of a second.
+
+    Args:
+        path: local folder or hub id.
+        revision: commit hash of a hub id; None for a folder.
+
+    Raises:
+        ModelError: no usable tokenizer is there.
+    """
     from transformers import PreTrainedTokenizerFast
 
     folder = str(fetch_small_files(path, revision))
@@ -423,14 +417,20 @@ def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
         ) from error
 
 
+def own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Give the text of the chat template that came with a tokenizer; None when it has none."""
+    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+
+
 def _template_text(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     if template == "plain":
         return PLAIN_TEMPLATE
     if template != "own":
         return template
-    if not tokenizer.chat_template:
+    own = own_template(tokenizer)
+    if own is None:
         raise ConfigError(
             ["template: 'own' needs a tokenizer with a chat template, this one has none"],
             fix="set encoding.template to 'plain', or to a Jinja file",
         )
-    return str(tokenizer.get_chat_template())
+    return own

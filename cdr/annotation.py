@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from cdr.job_run import JobRun, Share, count_devices
 from cdr.plan import AnnotationPlan
-from cdr.progress import Counts
+from cdr.progress import Counts, slowest_loads
 from cdr.routing import RoutingResult, RoutingWork
 from cdr.runs import RunRecord, new_run_id
 from cdr.scoring import Wave, WaveResult, Work
@@ -150,6 +150,7 @@ class AnnotationRun(JobRun):
             scored=self._counts["logprobs_scored"],
             tokens=work.tokens,
             scoring_s=self._spent_s["scoring"],
+            load_s=self._load_s(),
             wall_s=time.monotonic() - self._started,
         )
         limits = self._spec
@@ -175,6 +176,15 @@ class AnnotationRun(JobRun):
                 "logprobs.engine_version.\n"
             )
         print(self._next_steps())
+
+    def _load_s(self) -> dict[str, float]:
+        """Give what loading each model took; see `Summary.load_s`."""
+        by_key = slowest_loads(self.counter.engine_loads())
+        return {
+            role: by_key[model.model_key]
+            for role, model in self._plan.models.items()
+            if model.model_key in by_key
+        }
 
     def _engine_versions(self) -> list[str]:
         """Give the engine versions behind the stored log-probs of the reward's models."""

@@ -17,9 +17,9 @@ from pyspark.sql import functions as F
 from cdr.job_run import JobRun, Share, count_devices
 from cdr.plan import AnnotationPlan
 from cdr.progress import Counts, slowest_loads
-from cdr.routing import RoutingResult, RoutingWork
+from cdr.routing import RoutingWork
 from cdr.runs import RunRecord, new_run_id
-from cdr.scoring import Wave, WaveResult, Work
+from cdr.scoring import Wave, Work
 from cdr.sources import input_version
 from cdr.stages import Context
 from cdr.staging import Staging
@@ -27,7 +27,7 @@ from cdr.summary import summarize
 from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED
 from cdr.tracking import RunTracker, TableVersion, redact
 from cdr.warehouse import Warehouse
-from cdr.waves import BucketRange
+from cdr.waves import BucketRange, WaveResult
 
 
 def make_context(plan: AnnotationPlan, warehouse: Warehouse) -> Context:
@@ -110,9 +110,9 @@ class AnnotationRun(JobRun):
         """
         return self._go_through(work.waves, Counts(work.prompts, work.tokens), "routing")
 
-    def routed(self, result: RoutingResult) -> None:
+    def routed(self, result: WaveResult) -> None:
         """Note that a wave of routes has been committed."""
-        self._note_wave({"routed": result.routed, "routes_failed": result.failed})
+        self._note_wave({"routed": result.committed, "routes_failed": result.failed})
 
     def scoring_waves(self, waves: Sequence[Wave], work: Work) -> Iterator[Wave]:
         """Go through the scoring waves, as `routing_waves` does."""
@@ -122,7 +122,7 @@ class AnnotationRun(JobRun):
 
     def scored(self, result: WaveResult) -> None:
         """Note that a wave of log-probs has been committed."""
-        self._note_wave({"logprobs_scored": result.scored, "logprobs_failed": result.failed})
+        self._note_wave({"logprobs_scored": result.committed, "logprobs_failed": result.failed})
 
     def failures(self) -> DataFrame | None:
         """Read the completions that this run could not score; None when there is none."""

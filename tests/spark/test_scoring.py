@@ -112,7 +112,7 @@ def score_all(spark: SparkSession, context: Context, rows: DataFrame) -> tuple[i
     waves = plan_waves(work, context)
     counter = TaskCounter.create(spark)
     results = [score_wave(wave, work, context, fake_score, counter) for wave in waves]
-    return len(waves), sum(r.scored for r in results), sum(r.failed for r in results)
+    return len(waves), sum(r.committed for r in results), sum(r.failed for r in results)
 
 
 def test_identical_questions_are_asked_once(spark: SparkSession, tmp_path: Path) -> None:

@@ -16,25 +16,18 @@ from pyspark.sql import functions as F
 
 from cdr.job_run import JobRun, Share, count_devices
 from cdr.plan import AnnotationPlan
-from cdr.progress import Counts
-from cdr.routing import RoutingResult, RoutingWork
+from cdr.progress import Counts, slowest_loads
+from cdr.routing import RoutingWork
 from cdr.runs import RunRecord, new_run_id
-from cdr.scoring import Wave, WaveResult, Work
+from cdr.scoring import Wave, Work
 from cdr.sources import input_version
 from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.summary import summarize
-from cdr.tables import (
-    LOGPROBS,
-    PREFERENCES,
-    REJECTS,
-    REWARDS,
-    ROUTES,
-    UNPAIRED,
-    Warehouse,
-)
+from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED
 from cdr.tracking import RunTracker, TableVersion, redact
-from cdr.waves import BucketRange
+from cdr.warehouse import Warehouse
+from cdr.waves import BucketRange, WaveResult
 
 
 def make_context(plan: AnnotationPlan, warehouse: Warehouse) -> Context:
@@ -66,7 +59,6 @@ class AnnotationRun(JobRun):
         self.context = make_context(plan, warehouse)
         super().__init__(warehouse, self.context.staging, plan.config.run)
         self._plan = plan
-        self._scored = self._failed = 0
         self._scoring_waves: Sequence[Wave] = ()
         self._started = time.monotonic()
 
@@ -118,9 +110,9 @@ class AnnotationRun(JobRun):
         """
         return self._go_through(work.waves, Counts(work.prompts, work.tokens), "routing")
 
-    def routed(self, result: RoutingResult) -> None:
+    def routed(self, result: WaveResult) -> None:
         """Note that a wave of routes has been committed."""
-        self._note_wave({"routed": result.routed, "routes_failed": result.failed})
+        self._note_wave({"routed": result.committed, "routes_failed": result.failed})
 
     def scoring_waves(self, waves: Sequence[Wave], work: Work) -> Iterator[Wave]:
         """Go through the scoring waves, as `routing_waves` does."""
@@ -130,13 +122,11 @@ class AnnotationRun(JobRun):
 
     def scored(self, result: WaveResult) -> None:
         """Note that a wave of log-probs has been committed."""
-        self._scored += result.scored
-        self._failed += result.failed
-        self._note_wave({"logprobs_scored": result.scored, "logprobs_failed": result.failed})
+        self._note_wave({"logprobs_scored": result.committed, "logprobs_failed": result.failed})
 
     def failures(self) -> DataFrame | None:
         """Read the completions that this run could not score; None when there is none."""
-        if not self._failed:
+        if not self._counts["logprobs_failed"]:
             return None
         staging = self.context.staging
         scored = [staging.read(f"scored/wave={wave.number}") for wave in self._scoring_waves]
@@ -157,9 +147,10 @@ class AnnotationRun(JobRun):
             pairs,
             unpaired,
             asked=work.asked,
-            scored=self._scored,
+            scored=self._counts["logprobs_scored"],
             tokens=work.tokens,
             scoring_s=self._spent_s["scoring"],
+            load_s=self._load_s(),
             wall_s=time.monotonic() - self._started,
         )
         limits = self._spec
@@ -185,6 +176,15 @@ class AnnotationRun(JobRun):
                 "logprobs.engine_version.\n"
             )
         print(self._next_steps())
+
+    def _load_s(self) -> dict[str, float]:
+        """Give what loading each model took; see `Summary.load_s`."""
+        by_key = slowest_loads(self.counter.engine_loads())
+        return {
+            role: by_key[model.model_key]
+            for role, model in self._plan.models.items()
+            if model.model_key in by_key
+        }
 
     def _engine_versions(self) -> list[str]:
         """Give the engine versions behind the stored log-probs of the reward's models."""

@@ -12,18 +12,17 @@ is enough: `docs/decisions/0004-token-boundary.md`. No torch, no Spark.
 from __future__ import annotations
 
 import datetime
-import json
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from cdr.control_tokens import ControlTokens
 from cdr.errors import ConfigError, ModelError, RejectReason, RowRejected
 from cdr.weights import fetch_small_files
 
@@ -48,8 +47,6 @@ FROZEN_DATE = datetime.date(2024, 7, 26)
 """Today, for templates that print the date (Llama 3's own default): ids must not change by day."""
 
 _ROLES = ("system", "user", "assistant")
-# A template's turn markers look like this even where they are ordinary text to the tokenizer.
-_MARKER = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[/?[A-Z_]+\]")
 
 
 class Message(TypedDict):
@@ -80,7 +77,7 @@ class ChatEncoder:
     tokenizer over: truncation and padding are switched off in it.
 
     Args:
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: a fast tokenizer of transformers; encoders may share one.
         template: `own` (the tokenizer's), `plain`, or Jinja text.
         special_tokens_in_text: `reject` a row whose content holds the string of a control token
             or of the template's turn marker, or encode it `as_text`, without a special id.
@@ -120,14 +117,13 @@ class ChatEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._rejects = special_tokens_in_text == "reject"
-        # Stands for content in probes and for control tokens in content; no user can guess it.
+        # Stands for content in probes.
         self._nonce = f"x{secrets.token_hex(12)}x"
         self.bos_id: int | None = tokenizer.bos_token_id
         # Asked of the encoding itself: a tokenizer's options and post-processor may disagree.
         self._bos_ids = [id_ for id_ in self._backend.encode("").ids if id_ == self.bos_id]
         self.chat_template_text = _template_text(tokenizer, template)
-        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        self.is_own_template = self.chat_template_text == own
+        self.is_own_template = self.chat_template_text == own_template(tokenizer)
         self._read_template()
         self._scored_end: tuple[int, ...] = ()
         if score_end_of_turn:
@@ -152,7 +148,7 @@ class ChatEncoder:
             ModelError: no usable tokenizer is there.
             ConfigError: as in the constructor.
         """
-        return cls(_load_tokenizer(path, revision), template, **options)
+        return cls(load_tokenizer(path, revision), template, **options)
 
     @property
     def vocab_size(self) -> int:
@@ -180,7 +176,7 @@ class ChatEncoder:
                 boundary_unstable (the text changes how the header is encoded).
         """
         text = self._render(self._guard_turns(messages), header=True)
-        ids = self._encode(text)
+        ids = self._controls.encode(text)
         if ids[:1] != self._bos_ids:
             ids = self._bos_ids + ids
         if ids[:2] == [self.bos_id, self.bos_id]:
@@ -210,7 +206,7 @@ class ChatEncoder:
         text = self._guard(completion, "completion")
         if not text[:1].isspace():
             text = self._glue + text
-        joint = self._encode(self._tail + text)
+        joint = self._controls.encode(self._tail + text)
         merged = joint[: len(self._tail_ids)] != self._tail_ids
         ids = self._encode_apart(text, joint) if merged else joint[len(self._tail_ids) :]
         if not completion or not ids:
@@ -246,43 +242,31 @@ class ChatEncoder:
             preamble = ""
 
         literals = (preamble.replace(system["content"], " "), opening, header, ending)
-        self._find_control_tokens(literals)
+        self._controls = ControlTokens(self._tokenizer, literals)
+        self.control_tokens = self._controls.ids
+        self.turn_markers = self._controls.turn_markers
         self._find_tail(header)
         # More than whitespace (a block for reasoning, say) is for the model to write, not for us.
         glue = between.removeprefix(header)
         self._glue = glue if between.startswith(header) and glue.isspace() else ""
-        end = self._control.search(ending)
+        ends = self._controls.find(ending)
         self.end_of_turn_id: int | None = (
-            self.control_tokens[end[0]] if end else self._tokenizer.eos_token_id
+            self.control_tokens[ends[0][0]] if ends else self._tokenizer.eos_token_id
         )
-        self.template_ids = frozenset(id_ for text in literals for id_ in self._encode(text))
+        self.template_ids = frozenset(
+            id_ for text in literals for id_ in self._controls.encode(text)
+        )
         try:
             self.encode_prefix([{"role": "user", "content": "a"}])
         except RowRejected as refusal:
             raise ConfigError([f"template: {refusal.detail}"]) from None
 
-    def _find_control_tokens(self, literals: Sequence[str]) -> None:
-        """Collect the tokens that content must not produce, and the strings it must not hold."""
-        added = self._backend.get_added_tokens_decoder()
-        turns = "\n".join(literals)
-        # A token that delimits turns is one, also where its file forgot to call it special.
-        self.control_tokens = {
-            token.content: id_
-            for id_, token in added.items()
-            if token.special or token.content in turns
-        }
-        self.turn_markers = frozenset(_MARKER.findall(turns))
-        # Unknown characters of ordinary text encode to it: no sign of a forged turn.
-        self._control_ids = frozenset(self.control_tokens.values()) - {self._tokenizer.unk_token_id}
-        self._control = _any_of(self.control_tokens)
-        self._forgery = _any_of({*self.control_tokens, *self.turn_markers})
-
     def _find_tail(self, header: str) -> None:
         """Cut from the generation header what decides how a completion behind it is encoded."""
-        controls = list(self._control.finditer(header))
+        controls = self._controls.find(header)
         # Tokenizers cut text at control tokens first, so nothing before the last one matters.
         self._tail = header[controls[-1].start() :] if controls else header.lstrip()
-        self._tail_ids = self._encode(self._tail)
+        self._tail_ids = self._controls.encode(self._tail)
         # Without one, the text before may change the tail's first token; BPE decides by
         # neighbouring pairs, so it is enough that the tokens at the boundary stay.
         self._fixed_ids = self._tail_ids if controls else self._tail_ids[1:]
@@ -319,13 +303,10 @@ class ChatEncoder:
         return turns
 
     def _guard(self, content: str, where: str) -> str:
-        """Reject content that holds a control token's string, or put placeholders for it."""
-        if self._rejects and (forged := self._forgery.search(content)):
-            raise RowRejected(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"{where} holds {forged[0]}")
-        return self._control.sub(self._placeholder, content)
-
-    def _placeholder(self, token: re.Match[str]) -> str:
-        return f"{self._nonce}{self.control_tokens[token[0]]}t"
+        """Reject content that holds a control token's string, or disguise it."""
+        if self._rejects and (forged := self._controls.find_forgery(content)):
+            raise RowRejected(RejectReason.SPECIAL_TOKEN_IN_TEXT, f"{where} holds {forged}")
+        return self._controls.disguise(content)
 
     def _render(self, turns: Sequence[Message], *, header: bool) -> str:
         try:
@@ -350,50 +331,6 @@ class ChatEncoder:
                 RejectReason.TEMPLATE_REFUSED, f"the template does not take the roles {roles}"
             ) from None
 
-    def _encode(self, text: str) -> list[int]:
-        """Encode text whose control tokens are the template's own, and assert just that."""
-        num_control = len(self._control.findall(text))
-        if self._nonce in text:
-            ids = self._encode_disarmed(text)
-        else:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
-        if sum(map(self._control_ids.__contains__, ids)) != num_control:
-            # A normalizer or merge can still make one of text that does not look like it.
-            raise RowRejected(
-                RejectReason.SPECIAL_TOKEN_IN_TEXT, "text that is encoded as a control token"
-            )
-        return ids
-
-    def _encode_disarmed(self, text: str) -> list[int]:
-        """Encode text with placeholders by a tokenizer that knows control tokens by other names."""
-        tokenizer, original = self._disarmed
-        renamed = self._control.sub(lambda token: self._alias(self.control_tokens[token[0]]), text)
-        strings = {id_: string for string, id_ in self.control_tokens.items()}
-        placeholder = re.compile(rf"{self._nonce}(\d+)t")
-        restored = placeholder.sub(lambda match: strings[int(match[1])], renamed)
-        ids = tokenizer.encode(restored, add_special_tokens=False).ids
-        return [original.get(id_, id_) for id_ in ids]
-
-    @cached_property
-    def _disarmed(self) -> tuple[Tokenizer, dict[int, int]]:
-        """A copy with control tokens renamed, and its added tokens' ids to the original ones.
-
-        The joint encoding stays one call, so that what the tokenizer does around control tokens
-        (prefix spaces, stripping) is the same as without control strings in the content.
-        """
-        spec = json.loads(self._backend.to_str())
-        names = {}
-        for token in spec["added_tokens"]:
-            if token["content"] in self.control_tokens:
-                token["content"] = self._alias(token["id"])
-            names[token["content"]] = token["id"]
-        tokenizer = Tokenizer.from_str(json.dumps(spec))
-        added = tokenizer.get_added_tokens_decoder()
-        return tokenizer, {id_: names[token.content] for id_, token in added.items()}
-
-    def _alias(self, token_id: int) -> str:
-        return f"{self._nonce}{token_id}n"
-
     def _encode_apart(self, text: str, joint: list[int]) -> list[int]:
         """Encode text that merges with the tail, so that tail ids + these decode to the same.
 
@@ -401,9 +338,9 @@ class ChatEncoder:
         not merge with.
         """
         whole = self.decode(joint)
-        for anchor in (*self._control.findall(self._tail), "\n", "a", "."):
-            anchor_ids = self._encode(anchor)
-            behind = self._encode(anchor + text)
+        for anchor in (*(found[0] for found in self._controls.find(self._tail)), "\n", "a", "."):
+            anchor_ids = self._controls.encode(anchor)
+            behind = self._controls.encode(anchor + text)
             ids = behind[len(anchor_ids) :]
             apart = behind[: len(anchor_ids)] == anchor_ids
             if apart and self.decode(self._tail_ids + ids) == whole:
@@ -411,20 +348,6 @@ class ChatEncoder:
         raise RowRejected(
             RejectReason.BOUNDARY_UNSTABLE, "the completion has no encoding behind the header"
         )
-
-
-def load_chat_template(path: str, revision: str | None) -> str | None:
-    """Load the text of a model's chat template; None when it has none.
-
-    Args:
-        path: local folder or hub id.
-        revision: commit hash of a hub id; None for a folder.
-
-    Raises:
-        ModelError: no usable tokenizer is there.
-    """
-    tokenizer = _load_tokenizer(path, revision)
-    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
 
 
 def check_vocabulary(encoder: ChatEncoder, model_vocab_size: int, *, who: str) -> None:
@@ -464,7 +387,16 @@ def check_vocabulary(encoder: ChatEncoder, model_vocab_size: int, *, who: str) -
         )
 
 
-def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
+    """Load a model's tokenizer; takes a large part of a second.
+
+    Args:
+        path: local folder or hub id.
+        revision: commit hash of a hub id; None for a folder.
+
+    Raises:
+        ModelError: no usable tokenizer is there.
+    """
     from transformers import PreTrainedTokenizerFast
 
     folder = str(fetch_small_files(path, revision))
@@ -485,20 +417,20 @@ def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
         ) from error
 
 
+def own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Give the text of the chat template that came with a tokenizer; None when it has none."""
+    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+
+
 def _template_text(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     if template == "plain":
         return PLAIN_TEMPLATE
     if template != "own":
         return template
-    if not tokenizer.chat_template:
+    own = own_template(tokenizer)
+    if own is None:
         raise ConfigError(
             ["template: 'own' needs a tokenizer with a chat template, this one has none"],
             fix="set encoding.template to 'plain', or to a Jinja file",
         )
-    return str(tokenizer.get_chat_template())
-
-
-def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    # Longest first, as tokenizers match; without strings, a pattern that matches nothing.
-    ordered = sorted(strings, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+    return own

@@ -18,32 +18,44 @@ OK, FAILED, BAD_INPUT, OVER_THRESHOLD, STOPPED = 0, 1, 2, 3, 4
 
 KEPT = "What was committed before is kept; the same command goes on from there."
 
-
 EXIT_CODES = """\
 exit codes: 0 done, 1 failed, 2 bad config, input or setup, 3 finished above a
 threshold of rejected or failed rows, 4 stopped early (run again to go on)"""
 
 
-def make_parser(
-    description: str | None, *, config: str, limit: str, epilog: str
-) -> argparse.ArgumentParser:
-    """Make the command line of a job that carries out a config, wave by wave.
+def make_parser(description: str | None, *, config: str, epilog: str) -> argparse.ArgumentParser:
+    """Make the command line of a job that takes a config.
 
     Args:
         description: the job's docstring; it opens with the `spark-submit` line.
         config: what kind of YAML it takes.
-        limit: what a trial on N prompts leaves behind.
-        epilog: examples of `--set` and where all keys stand.
+        epilog: what stands below the options.
     """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"{epilog}\n\n{EXIT_CODES}",
+        epilog=epilog,
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help=config)
     override = "override a config value"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
+    return parser
+
+
+def make_wave_parser(
+    description: str | None, *, config: str, limit: str, epilog: str
+) -> argparse.ArgumentParser:
+    """Make the command line of a job that carries out a config, wave by wave.
+
+    Args:
+        description: as for `make_parser`.
+        config: as for `make_parser`.
+        limit: what a trial on N prompts leaves behind.
+        epilog: examples of `--set` and where all keys stand.
+    """
+    parser = make_parser(description, config=config, epilog=f"{epilog}\n\n{EXIT_CODES}")
+    add = parser.add_argument
     add("--limit", type=_positive, metavar="N", help=f"try N prompts; {limit}")
     hours = "stop after the wave in flight at this age"
     add("--max-hours", type=float, metavar="H", help=hours)
@@ -58,7 +70,7 @@ def _positive(text: str) -> int:
 
 
 def overrides(args: argparse.Namespace) -> Sequence[str]:
-    """Give the config overrides that a command line asks for, as `KEY=VALUE`."""
+    """Give the config overrides that the command line of a wave job asks for, as `KEY=VALUE`."""
     hours = [] if args.max_hours is None else [f"run.max_hours={args.max_hours}"]
     return [*args.set, *hours]
 

@@ -8,7 +8,7 @@
 3. `--set a.b=c` wins over files. `${oc.env:NAME,default}` reads the environment (OmegaConf).
 
 Every problem of a file is reported at once, with its key, what was expected and what was given.
-Knows no particular model: `cdr.config` has those.
+Knows no particular config: `cdr.config` and others have those, made of `Spec`s.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from typing import Any, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cdr.errors import ConfigError
 from cdr.text_files import read_text, resolve_beside
-
-_Model = TypeVar("_Model", bound=BaseModel)
 
 _OVERRIDE = re.compile(r"^[^.=]+(\.[^.=]+)*=")
 _MISSING_VARIABLE = re.compile(r"Environment variable '(.+?)' not found")
@@ -38,6 +36,15 @@ _LOOK_UP_REVISION = (
     "a model's commit hash is printed by: python -c \"from huggingface_hub import model_info; "
     "print(model_info('OWNER/NAME').sha)\"; see docs/reference/config.md"
 )
+
+
+class Spec(BaseModel):
+    """A part of a config: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+_Model = TypeVar("_Model", bound=Spec)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def load_config(model: type[_Model], path: str | Path, overrides: Sequence[str] 
     """Read a YAML file with everything it names.
 
     Args:
-        model: what the file has to hold; forbids unknown keys.
+        model: what the file has to hold.
         path: the YAML file: a path, a URI, or `conf/...` for one of the package's own.
         overrides: `a.b=c` items, strongest last; `field=FILE` swaps the whole content of a field
             marked `MayBeFile`, before the items that change a part of it.
@@ -68,7 +75,7 @@ def validate_config(model: type[_Model], path: str | Path, tree: Mapping[str, An
     """Check what was read from a file.
 
     Args:
-        model: what it has to hold; forbids unknown keys.
+        model: what it has to hold.
         path: the file, for the message.
         tree: its content.
 
@@ -170,7 +177,7 @@ def _anchor_paths(value: Any, place: str) -> Any:
     return value
 
 
-def _mend(tree: Any, location: Sequence[str | int], root: type[BaseModel]) -> None:
+def _mend(tree: Any, location: Sequence[str | int], root: type[Spec]) -> None:
     """Rename an unknown key to the one it was probably meant to be, or drop it."""
     *parents, key = location
     for parent in parents:
@@ -189,7 +196,7 @@ def _fix_for(problems: Sequence[str]) -> str | None:
     return _LOOK_UP_REVISION if any("revision" in problem for problem in problems) else None
 
 
-def _problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
+def _problems(error: ValidationError, root: type[Spec]) -> list[str]:
     lines: list[str] = []
     for item in error.errors():
         location = [str(part) for part in item["loc"]]
@@ -214,13 +221,13 @@ def _problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
     return lines
 
 
-def _known_keys(root: type[BaseModel], location: Sequence[str]) -> list[str]:
+def _known_keys(root: type[Spec], location: Sequence[str]) -> list[str]:
     """List the keys of the model at a location; a dict of models is stepped through."""
     model: Any = root
     for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+        if isinstance(model, type) and issubclass(model, Spec) and part in model.model_fields:
             model = model.model_fields[part].annotation
-        inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, Spec)]
         if inner:
             model = inner[0]
     return list(model.model_fields) if hasattr(model, "model_fields") else []

@@ -1,4 +1,4 @@
-"""Reference page of every key a config may hold, written from the models in `cdr.config`.
+"""Reference page of every key a config may hold, written from its models.
 
     python -m cdr.config_reference > docs/reference/config.md
 
@@ -23,7 +23,8 @@ from cdr.config import AnnotateConfig
 _INTRODUCTION = """\
 # Config reference
 
-<!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py. -->
+<!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py
+and cdr/reward_config.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
 by file. Unknown keys are errors, and all problems of a file are reported together, before Spark

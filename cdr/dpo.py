@@ -53,15 +53,6 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 HEAD_ROWS: Final = 128
 
 
-def choose_dtype() -> str:
-    """Choose bfloat16 where the machine multiplies in it (a GPU, AMX, AVX512-BF16), or float32."""
-    if torch.cuda.is_available():
-        return "bfloat16"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text("utf-8") if cpuinfo.exists() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
 def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
     """Train, or go on training, an adapter; then measure it and write its model card.
 

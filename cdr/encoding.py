@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 
 from cdr.chat import ChatEncoder, Message
-from cdr.config import Condition
 from cdr.errors import RejectReason, RowRejected
 from cdr.prompt_pack import PromptPack
+from cdr.reward_config import Condition
 
 UNCONDITIONAL: tuple[Message, ...] = ({"role": "user", "content": ""},)
 """The prompt of an `unconditional` term: an empty user turn and the generation header."""

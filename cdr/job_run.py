@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,7 +24,7 @@ from cdr.errors import CdrError, Stopped
 from cdr.progress import Counts, Progress, TaskCounter, is_one_machine
 from cdr.runs import RunLog, RunRecord, StopSignal
 from cdr.staging import Staging
-from cdr.tables import Warehouse
+from cdr.warehouse import Warehouse
 
 Wave = TypeVar("Wave")
 
@@ -73,7 +73,7 @@ class JobRun(ABC):
         self._waves_done = self._waves_total = 0
         self._spent_s: defaultdict[str, float] = defaultdict(float)
         self._problem: str | None = None
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
 
     @abstractmethod
     def _begin(self, stack: contextlib.ExitStack) -> RunRecord:
@@ -123,15 +123,14 @@ class JobRun(ABC):
     def _note_wave(self, counts: Mapping[str, int]) -> None:
         """Note that one more wave has been committed, and what it adds to the run's counts."""
         self._waves_done += 1
-        for name, count in counts.items():
-            self._counts[name] = self._counts.get(name, 0) + count
+        self._counts.update(counts)
         self._log.update(waves_done=self._waves_done, counts=self._counts)
 
     def _conclude(self, shares: Sequence[Share], counts: Mapping[str, int]) -> None:
         """Decide the exit code of a run that did all it could, and keep its counts for `runs`."""
         problems = [str(share) for share in shares if share.value > share.limit]
         self._problem = "; ".join(problems) or None
-        self._counts = dict(counts)
+        self._counts = Counter(counts)
         self.exit_code = OVER_THRESHOLD if problems else OK
 
     def __exit__(

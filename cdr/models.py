@@ -1,10 +1,10 @@
 """From the models a config names to what engines load: pinned, found, and keyed by content.
 
 The model key is the first part of every log-prob's key. It hashes what decides the numbers (the
-weights, the adapter, quantisation, dtype, head dtype, engine) and nothing else: where the folder
-lies, how large a batch is, or how long a row may be do not change it. Nor does the number of GPUs a
-model is spread over: it changes the order of sums, as another batch or GPU does, and a store that
-is scored on both is no worse. Runs on the driver; loads no weights.
+weights, the adapter, quantisation, dtype, head dtype, engine, the engine's `extra`) and nothing
+else: where the folder lies, how large a batch is, or how long a row may be do not change it. Nor
+does the number of GPUs a model is spread over: it changes the order of sums, as another batch or
+GPU does, and a store that is scored on both is no worse. Runs on the driver; loads no weights.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cdr.config import ModelSpec, RewardSpec, content_hash
+from cdr.config import content_hash
 from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import resolve_dtype
 from cdr.engines.vllm_setup import resolve_head_dtype
 from cdr.errors import ConfigError, ModelError
+from cdr.reward_config import ModelSpec, RewardSpec
 from cdr.weights import (
     Source,
     fetch_small_files,

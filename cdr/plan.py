@@ -6,11 +6,13 @@ vocabularies or the prompt pack is known within seconds. Loads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
-from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_chat_template
-from cdr.config import AnnotateConfig, Condition, RewardSpec, content_hash
+from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_tokenizer, own_template
+from cdr.config import AnnotateConfig, content_hash
 from cdr.encoding import EncodingPlan, TokenizerSpec
 from cdr.engines.adapters import share_weights
 from cdr.engines.base import EngineSpec
@@ -18,8 +20,14 @@ from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
 from cdr.prompt_pack import PromptPack, load_prompt_pack
 from cdr.reward import reward_key
+from cdr.reward_config import Condition, RewardSpec
 from cdr.router import router_key
 from cdr.text_files import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_Load = Callable[[str, str | None], "PreTrainedTokenizerFast"]
 
 
 @dataclass(frozen=True)
@@ -116,12 +124,15 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
     if reward.routing.mode == "none":
         pack = None
     _check_domains(reward, pack)
+    load = cache(load_tokenizer)  # models of a reward often share a tokenizer
+    templates = {
+        term.model: _template(reward, models, models[term.model], load)
+        for term in reward.resolved_terms()
+    }
     scoring = {models[term.model].model_key: models[term.model] for term in reward.resolved_terms()}
-    tokenizers = tuple(
-        _tokenizer(model, _template(reward, models, model)) for model in scoring.values()
-    )
+    tokenizers = tuple(_tokenizer(model, templates[model.role]) for model in scoring.values())
     for spec, model in zip(tokenizers, scoring.values(), strict=True):
-        _check_vocabulary(spec, model)
+        _check_vocabulary(spec, model, load)
     views = dict.fromkeys(
         (models[term.model].model_key, term.condition) for term in reward.resolved_terms()
     )
@@ -135,12 +146,10 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         drop_exemplar_when_too_long=reward.encoding.drop_exemplar_when_too_long,
     )
     engines = share_weights([model.engine_spec for model in scoring.values()])
-    route = _route_plan(reward, models, pack, engines)
+    route = _route_plan(reward, models, pack, engines, load)
     template_hashes = {
-        term.model: content_hash(
-            [_template(reward, models, models[term.model]), models[term.model].tokenizer_hash()]
-        )
-        for term in reward.resolved_terms()
+        role: content_hash([template, models[role].tokenizer_hash()])
+        for role, template in templates.items()
     }
     return AnnotationPlan(
         config=config,
@@ -178,14 +187,16 @@ def _check_domains(reward: RewardSpec, pack: PromptPack | None) -> None:
         raise ConfigError(problems, where=f"reward '{reward.name}'")
 
 
-def _template(reward: RewardSpec, models: Mapping[str, ResolvedModel], model: ResolvedModel) -> str:
+def _template(
+    reward: RewardSpec, models: Mapping[str, ResolvedModel], model: ResolvedModel, load: _Load
+) -> str:
     """Give the text of the template that a scoring model's prompts are rendered with."""
     choice = reward.encoding.template
     if choice == "plain":
         return PLAIN_TEMPLATE
     if choice in ("strong", "own"):
         source = models["strong"] if choice == "strong" else model
-        text = load_chat_template(source.spec.path, source.spec.revision)
+        text = own_template(load(source.spec.path, source.spec.revision))
         if text is None:
             raise ConfigError(
                 [
@@ -219,8 +230,8 @@ def _tokenizer(model: ResolvedModel, template: str) -> TokenizerSpec:
     )
 
 
-def _check_vocabulary(spec: TokenizerSpec, model: ResolvedModel) -> None:
-    encoder = ChatEncoder.load(spec.path, spec.revision, template=spec.template)
+def _check_vocabulary(spec: TokenizerSpec, model: ResolvedModel, load: _Load) -> None:
+    encoder = ChatEncoder(load(spec.path, spec.revision), spec.template)
     check_vocabulary(encoder, spec.vocab_size, who=f"models.{model.role}")
 
 
@@ -229,15 +240,16 @@ def _route_plan(
     models: Mapping[str, ResolvedModel],
     pack: PromptPack | None,
     scoring: Sequence[EngineSpec],
+    load: _Load,
 ) -> RoutePlan | None:
     routing = reward.routing
     if routing.mode != "adaptive":
         return None
     assert pack is not None
     model = models[routing.model]
-    own = load_chat_template(model.spec.path, model.spec.revision)
+    own = own_template(load(model.spec.path, model.spec.revision))
     tokenizer = _tokenizer(model, PLAIN_TEMPLATE if own is None else own)
-    _check_vocabulary(tokenizer, model)
+    _check_vocabulary(tokenizer, model, load)
     domains = routing.domains or pack.router_domains
     key = router_key(
         pack,

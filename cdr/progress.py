@@ -74,6 +74,14 @@ class EngineLoad(NamedTuple):
         return f"loaded {self.engine} in {self.load_s:.1f} s on {place}"
 
 
+def slowest_loads(loads: Iterable[EngineLoad]) -> dict[str, float]:
+    """Give, by engine, the seconds that loading it took on the slowest engine host."""
+    slowest: dict[str, float] = {}
+    for load in loads:
+        slowest[load.engine] = max(load.load_s, slowest.get(load.engine, 0.0))
+    return slowest
+
+
 class CountSource(Protocol):
     """What a `Progress` polls."""
 

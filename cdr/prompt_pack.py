@@ -24,17 +24,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from cdr.config import content_hash
-from cdr.config_files import validate_config
+from cdr.config_files import Spec, validate_config
 from cdr.errors import ConfigError, RejectReason, RowRejected
 from cdr.text_files import read_text
 
@@ -78,11 +71,7 @@ def _template(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Exemplar(_Spec):
+class Exemplar(Spec):
     """One worked example of a domain's criteria."""
 
     user: Text = Field(description="What a user asked.")
@@ -91,7 +80,7 @@ class Exemplar(_Spec):
     why: Text = Field(description="What makes the difference.")
 
 
-class Layout(_Spec):
+class Layout(Spec):
     """Where instruction, exemplar and the user's text stand in T(x); Jinja templates."""
 
     placement: Literal["user", "system"] = Field(
@@ -136,7 +125,7 @@ class Layout(_Spec):
         return self
 
 
-class Domain(_Spec):
+class Domain(Spec):
     """A kind of prompt with its own idea of a better answer."""
 
     description: Line = Field(description="One line for the router.")
@@ -158,7 +147,7 @@ class Domain(_Spec):
         return self
 
 
-class RouterSpec(_Spec):
+class RouterSpec(Spec):
     """How the router model is asked; `cdr.router` does the asking."""
 
     domains: tuple[Id, ...] = Field(
@@ -192,7 +181,7 @@ class Conditioned:
     exemplar_id: str | None
 
 
-class PromptPack(_Spec):
+class PromptPack(Spec):
     """Domains, their texts and the layout: all that T depends on besides the prompt and seed."""
 
     name: Id = Field(description="Name people call it by.")

@@ -23,7 +23,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from cdr.config import Condition, RewardSpec, TermSpec, content_hash
+from cdr.config import content_hash
+from cdr.reward_config import Condition, RewardSpec, TermSpec
 
 if TYPE_CHECKING:
     from pyspark.sql import Column

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyspark.sql import DataFrame, Observation
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from cdr.config import RunSpec
-from cdr.gpus import task_gpus
 from cdr.plan import RoutePlan
 from cdr.progress import TaskCounter
 from cdr.router import content_free_messages
 from cdr.stages import Context, MapFunction
-from cdr.tables import ROUTES, Warehouse
-from cdr.waves import BucketRange, bucket_column, cut_buckets
+from cdr.tables import ROUTES
+from cdr.warehouse import Warehouse
+from cdr.waves import BucketRange, WaveResult, answer_wave, bucket_column, cut_buckets
 
 ROUTED_DDL = (
     "prompt_hash string, domain string, confidence double, label_logprobs map<string, double>, "
@@ -49,14 +49,6 @@ class RoutingWork:
     def tokens(self) -> int:
         """Tokens the router reads, roughly."""
         return sum(wave.tokens for wave in self.waves)
-
-
-@dataclass(frozen=True)
-class RoutingResult:
-    """What a wave did: prompts with a route, and prompts the router failed on this time."""
-
-    routed: int
-    failed: int
 
 
 def plan_routing(prompts: DataFrame, run: Context) -> RoutingWork:
@@ -98,7 +90,7 @@ def route_wave(
     run: Context,
     make_route: Callable[[RoutePlan, RunSpec, TaskCounter], MapFunction],
     counter: TaskCounter,
-) -> RoutingResult:
+) -> WaveResult:
     """Ask the router about one wave and append its answers to `routes` in one commit.
 
     Args:
@@ -110,28 +102,21 @@ def route_wave(
     """
     route, spec = run.plan.route, run.plan.config.run
     assert route is not None
-    observed = Observation()
-    answers = (
+    prompts = (
         work.rows.where(wave.holds(F.col("bucket")))
         .select("prompt_hash", "prompt")
         .repartition(max(run.num_devices, wave.tokens // spec.task_tokens), "prompt_hash")
-        .mapInPandas(
-            make_route(route, spec, counter),
-            ROUTED_DDL,
-            **task_gpus(run.warehouse.spark, [route.engine]),
-        )
-        .observe(
-            observed,
-            F.count(F.when(F.col("error").isNull(), 1)).alias("routed"),
-            F.count("error").alias("failed"),
-        )
     )
-    written = run.staging.write(f"routes/wave={wave.low}", answers)
-    counts = observed.get
-    if counts["routed"]:
-        stamps = {"router_key": F.lit(route.key), "run_id": F.lit(run.run_id)}
-        run.warehouse.append(ROUTES, written.where("error IS NULL").withColumns(stamps))
-    return RoutingResult(routed=counts["routed"], failed=counts["failed"])
+    return answer_wave(
+        prompts,
+        make_route(route, spec, counter),
+        ROUTED_DDL,
+        run,
+        engines=[route.engine],
+        table=ROUTES,
+        staged_as=f"routes/wave={wave.low}",
+        stamps={"router_key": F.lit(route.key)},
+    )
 
 
 def give_domains(prompts: DataFrame, work: RoutingWork, run: Context) -> DataFrame:

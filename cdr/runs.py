@@ -22,7 +22,8 @@ from typing import Any, Self
 from pyspark.sql import SparkSession
 
 from cdr.commits import MAX_TRIES
-from cdr.tables import RUNS, Warehouse
+from cdr.tables import RUNS
+from cdr.warehouse import Warehouse
 
 _logger = logging.getLogger(__name__)
 

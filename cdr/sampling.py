@@ -11,28 +11,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_chat_template
-from cdr.config import (
-    EncodingSpec,
-    JobSpec,
-    ModelSpec,
-    RewardSpec,
-    RoutingSpec,
-    SourceSpec,
-    Spec,
-    TermSpec,
-    content_hash,
-)
-from cdr.config_files import load_config
+from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_tokenizer, own_template
+from cdr.config import JobSpec, SourceSpec, content_hash
+from cdr.config_files import Spec, load_config
 from cdr.encoding import TokenizerSpec
 from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
+from cdr.reward_config import EncodingSpec, ModelSpec, RewardSpec, RoutingSpec, TermSpec
 from cdr.text_files import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class PromptColumnsSpec(Spec):
@@ -114,11 +108,14 @@ class SamplingPlan:
     sampling_key: str
 
     def load_encoder(self) -> ChatEncoder:
-        """Load the policy's encoder."""
-        return ChatEncoder.load(
-            self.tokenizer.path,
-            self.tokenizer.revision,
-            template=self.tokenizer.template,
+        """Load the policy's tokenizer and make its encoder."""
+        return self.make_encoder(load_tokenizer(self.tokenizer.path, self.tokenizer.revision))
+
+    def make_encoder(self, tokenizer: PreTrainedTokenizerFast) -> ChatEncoder:
+        """Make the policy's encoder from its tokenizer."""
+        return ChatEncoder(
+            tokenizer,
+            self.tokenizer.template,
             special_tokens_in_text=self.config.special_tokens_in_text,
             score_end_of_turn=False,
         )
@@ -135,11 +132,12 @@ def plan_sampling(config: GenerateConfig, *, limit: int | None = None) -> Sampli
         ConfigError: policy or template is missing, or they do not fit.
     """
     model = _resolve_policy(config.policy)
+    loaded = load_tokenizer(model.spec.path, model.spec.revision)
     tokenizer = TokenizerSpec(
         model_key=model.model_key,
         path=model.spec.path,
         revision=model.spec.revision,
-        template=_template(config),
+        template=_template(config, loaded),
         max_length=model.spec.max_length,
         vocab_size=model.vocab_size,
     )
@@ -147,7 +145,7 @@ def plan_sampling(config: GenerateConfig, *, limit: int | None = None) -> Sampli
     text = [tokenizer.template, model.tokenizer_hash(), config.special_tokens_in_text]
     key = content_hash([model.model_key, text, decisive])
     plan = SamplingPlan(config, limit, model.engine_spec, tokenizer, key)
-    check_vocabulary(plan.load_encoder(), tokenizer.vocab_size, who="policy")
+    check_vocabulary(plan.make_encoder(loaded), tokenizer.vocab_size, who="policy")
     return plan
 
 
@@ -180,13 +178,13 @@ def _resolve_policy(spec: ModelSpec) -> ResolvedModel:
         raise ConfigError(problems, fix=error.fix) from None
 
 
-def _template(config: GenerateConfig) -> str:
+def _template(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     """Give the text of the template that prompts are rendered with."""
     choice = config.template
     if choice == "plain":
         return PLAIN_TEMPLATE
     if choice == "own":
-        text = load_chat_template(config.policy.path, config.policy.revision)
+        text = own_template(tokenizer)
         if text is None:
             raise ConfigError(
                 ["template: 'own' needs a policy with a chat template, this one has none"],

@@ -18,7 +18,8 @@ from cdr.sampling import SamplingPlan
 from cdr.sampling_stages import SampleCounts, SamplingContext, SamplingWork, write_rejects
 from cdr.sources import input_version
 from cdr.staging import Staging
-from cdr.tables import COMPLETIONS, Warehouse
+from cdr.tables import COMPLETIONS
+from cdr.warehouse import Warehouse
 
 
 class SamplingRun(JobRun):

@@ -25,7 +25,8 @@ from cdr.sampling import PromptsSpec, SamplingPlan
 from cdr.sources import IDENTIFIER, PROMPT, TEXT, check_columns, read_source, reading
 from cdr.stages import MapFunction
 from cdr.staging import Staging
-from cdr.tables import COMPLETIONS, REJECTS, Warehouse
+from cdr.tables import COMPLETIONS, REJECTS
+from cdr.warehouse import Warehouse
 from cdr.waves import hash_number
 
 GENERATED_DDL = (

@@ -13,17 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pyspark.sql import DataFrame, Observation, Window
+from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from cdr.config import RunSpec
 from cdr.engines.base import EngineSpec
 from cdr.estimate import Workload
-from cdr.gpus import task_gpus
 from cdr.progress import TaskCounter
 from cdr.stages import Context, MapFunction
 from cdr.tables import LOGPROBS
-from cdr.waves import BucketRange, bucket_column, cut_buckets
+from cdr.waves import BucketRange, WaveResult, answer_wave, bucket_column, cut_buckets
 
 SCORED_DDL = (
     "model_key string, prefix_hash binary, completion_hash binary, logprob_sum double, "
@@ -192,14 +191,6 @@ def plan_waves(work: Work, run: Context) -> list[Wave]:
     return waves
 
 
-@dataclass(frozen=True)
-class WaveResult:
-    """What a wave did: completions scored, and completions without a score this time."""
-
-    scored: int
-    failed: int
-
-
 def score_wave(
     wave: Wave,
     work: Work,
@@ -211,8 +202,7 @@ def score_wave(
 
     A prompt's questions go to one task, prompts sorted so that neighbours share the longest
     prefix, and all models of a prompt are asked in turn, so that none waits for the other to get
-    through the task. The wave is staged first: scores and failures come out of one pass over the
-    models.
+    through the task.
 
     Args:
         wave: from `plan_waves`.
@@ -224,12 +214,11 @@ def score_wave(
     spec = run.plan.config.run
     names = [engine.name for engine in wave.engines]
     num_tasks = max(run.num_devices, math.ceil(wave.buckets.tokens / spec.task_tokens))
-    observed = Observation()
     # A prompt's place among the others is its longest prefix in the tokens of one model: the shared
     # text of domain and exemplar leads in all of them.
     longest_of_one_model = F.struct("model_key", -F.size("prefix_ids"))
     prompt = Window.partitionBy("prompt_hash")
-    scored = (
+    questions = (
         work.rows.where(wave.buckets.holds(F.col("bucket")))
         .where(F.col("model_key").isin(names))
         # An explicit number is kept by adaptive execution: no device idles.
@@ -238,20 +227,13 @@ def score_wave(
         .withColumn("place", F.min_by("prefix_ids", longest_of_one_model).over(prompt))
         .sortWithinPartitions("place", "model_key")
         .select("model_key", "prefix_hash", "prefix_ids", "completion_hashes", "completions_ids")
-        .mapInPandas(
-            make_score(wave.engines, spec, counter, work.counted),
-            SCORED_DDL,
-            **task_gpus(run.warehouse.spark, wave.engines),
-        )
-        .observe(
-            observed,
-            F.count(F.when(F.col("error").isNull(), 1)).alias("scored"),
-            F.count("error").alias("failed"),
-        )
     )
-    written = run.staging.write(f"scored/wave={wave.number}", scored)
-    counts = observed.get
-    if counts["scored"]:
-        ok = written.where("error IS NULL").withColumn("run_id", F.lit(run.run_id))
-        run.warehouse.append(LOGPROBS, ok)
-    return WaveResult(scored=counts["scored"], failed=counts["failed"])
+    return answer_wave(
+        questions,
+        make_score(wave.engines, spec, counter, work.counted),
+        SCORED_DDL,
+        run,
+        engines=wave.engines,
+        table=LOGPROBS,
+        staged_as=f"scored/wave={wave.number}",
+    )

@@ -25,7 +25,8 @@ from cdr.plan import AnnotationPlan
 from cdr.reward import logprob_column, reward_column, strong_term, weak_term
 from cdr.sources import reading
 from cdr.staging import Staging
-from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, UNPAIRED, Warehouse
+from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, UNPAIRED
+from cdr.warehouse import Warehouse
 
 MapFunction = Callable[[Iterator[Any]], Iterator[Any]]
 

@@ -57,6 +57,8 @@ class Summary:
         length_fallbacks: pairs whose length window was empty.
         tokens: tokens read by the scoring models, prefixes once.
         scoring_s: seconds spent in waves.
+        load_s: seconds that loading a model took on the slowest engine host, by role; the models
+            that this run did not load are missing.
         wall_s: seconds since the start.
     """
 
@@ -73,6 +75,7 @@ class Summary:
     length_fallbacks: int
     tokens: int
     scoring_s: float
+    load_s: Mapping[str, float]
     wall_s: float
 
     @property
@@ -117,6 +120,7 @@ class Summary:
             "failed_fraction": self.failed_fraction,
             "scoring_s": self.scoring_s,
             "wall_s": self.wall_s,
+            **{f"load_s.{role}": seconds for role, seconds in self.load_s.items()},
         }
         if self.scoring_s > 0:
             found["tokens_per_s"] = self.tokens / self.scoring_s
@@ -182,6 +186,7 @@ def summarize(
     scored: int,
     tokens: int,
     scoring_s: float,
+    load_s: Mapping[str, float],
     wall_s: float,
 ) -> Summary:
     """Aggregate what a run committed.
@@ -195,6 +200,7 @@ def summarize(
         scored: log-probs computed now.
         tokens: tokens read by the scoring models.
         scoring_s: seconds spent in waves.
+        load_s: seconds that loading a model took, by role.
         wall_s: seconds since the start.
     """
     quantiles = list(QUANTILES)
@@ -257,6 +263,7 @@ def summarize(
         length_fallbacks=sum(row["fallbacks"] for row in by_pair.values()),
         tokens=tokens,
         scoring_s=scoring_s,
+        load_s=load_s,
         wall_s=wall_s,
     )
 

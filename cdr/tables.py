@@ -1,32 +1,18 @@
-"""The warehouse: every table's schema, a checked way to read it, an atomic way to write it.
+"""Every table's schema: what a row stands for, its key, and its columns with a comment each.
 
-A schema is declared once here, with a comment per column that Delta stores and
-`docs/reference/tables.md` is generated from (`python -m cdr.tables`). Tables carry
-a schema version; another one is refused. A table lives at `<warehouse>/<name>` unless the config
-gives it another path or a catalog name.
+A schema is declared once, here. Delta stores the comments, and `docs/reference/tables.md` is
+generated from them (`python -m cdr.tables`). `cdr.warehouse` reads and writes the tables.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, DataFrameWriter, SparkSession, Window
-from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from cdr.commits import MAX_TRIES, commit
-from cdr.errors import TableError
-
-if TYPE_CHECKING:
-    from delta.tables import DeltaTable
-
 SCHEMA_VERSION = 1
-_VERSION_PROPERTY = "cdr.schemaVersion"
+VERSION_PROPERTY = "cdr.schemaVersion"
+"""Property of a Delta table that holds its `SCHEMA_VERSION`."""
 
 MESSAGES = T.ArrayType(
     T.StructType([T.StructField("role", T.StringType()), T.StructField("content", T.StringType())])
@@ -87,7 +73,11 @@ LOGPROBS = Table(
     "model × prefix × completion; only scored rows, appended once and never changed",
     ("model_key", "prefix_hash", "completion_hash"),
     (
-        ("model_key", "string", "Hash of weights, adapter, dtype, head dtype and engine"),
+        (
+            "model_key",
+            "string",
+            "Hash of weights, adapter, quantisation, dtype, head dtype, engine and its `extra`",
+        ),
         ("prefix_hash", "binary", "First 16 bytes of the sha256 of the prefix's int32 token ids"),
         ("completion_hash", "binary", "The same of the completion's token ids"),
         ("logprob_sum", "double", "Sum of the completion's token log-probs, nats"),
@@ -269,230 +259,6 @@ TABLES: tuple[Table, ...] = (
 )  # fmt: skip
 
 
-class Warehouse:
-    """The tables of one warehouse.
-
-    Args:
-        spark: the session.
-        root: folder or URI of the warehouse.
-        places: other places per table name: a path (has a `/`) or a catalog name.
-    """
-
-    def __init__(
-        self, spark: SparkSession, root: str, places: Mapping[str, str] | None = None
-    ) -> None:
-        unknown = sorted(set(places or {}) - {table.name for table in TABLES})
-        if unknown:
-            raise TableError(
-                f"no such table: {', '.join(unknown)}",
-                where="tables in the config",
-                fix=f"known tables: {', '.join(table.name for table in TABLES)}",
-            )
-        self.spark = spark
-        self.root = root.rstrip("/")
-        self._places = dict(places or {})
-        self._checked: set[str] = set()
-
-    def place(self, table: Table) -> str:
-        """Give the path or catalog name of a table."""
-        return self._places.get(table.name, f"{self.root}/{table.name}")
-
-    def sql_name(self, table: Table) -> str:
-        """Give what stands behind FROM in a query over the table; Delta wants a full path there."""
-        place = self.place(table)
-        return (
-            f"delta.`{self._qualified(place).removeprefix('file:')}`" if _is_path(place) else place
-        )
-
-    def exists(self, table: Table) -> bool:
-        """Tell whether the table has been written."""
-        from delta.tables import DeltaTable
-
-        place = self.place(table)
-        if _is_path(place):
-            return bool(DeltaTable.isDeltaTable(self.spark, place))
-        return bool(self.spark.catalog.tableExists(place))
-
-    def read(self, table: Table) -> DataFrame:
-        """Read a table; an empty frame of the right schema where it does not exist yet.
-
-        Raises:
-            TableError: the table has another schema version, or lacks columns.
-        """
-        if not self.exists(table):
-            return self.spark.createDataFrame([], table.schema())
-        self._check(table)
-        rows: DataFrame = self._delta(table).toDF()
-        return rows.select(*table.names())
-
-    def read_one_per_key(self, table: Table) -> DataFrame:
-        """Read a table with one row per key: two runs at once may both have written a key."""
-        first = Window.partitionBy(*table.key).orderBy("run_id")
-        rows = self.read(table).withColumn("_nth", F.row_number().over(first))
-        return rows.where("_nth = 1").drop("_nth")
-
-    def append(self, table: Table, rows: DataFrame) -> None:
-        """Append rows in one atomic commit, creating the table when it is new.
-
-        Raises:
-            TableError: the table has another schema version, or other runs' writes came first each
-                time (`cdr.commits`).
-        """
-        self._commit(table, lambda: self._writer(table, rows).mode("append"), MAX_TRIES)
-
-    def replace(
-        self, table: Table, rows: DataFrame, *, max_tries: int = MAX_TRIES, **values: str
-    ) -> None:
-        """Replace the rows whose columns have these values, in one atomic commit.
-
-        Args:
-            table: the table, created when it is new.
-            rows: they must not be computed from the rows that they replace.
-            max_tries: tries in all when other runs' writes come first (`cdr.commits`).
-            values: what the columns are in the rows to replace; `rows` have the same.
-
-        Raises:
-            TableError: the table has another schema version, or the last try came too late.
-        """
-        condition = " AND ".join(f"`{name}` = '{_quoted(v)}'" for name, v in values.items())
-
-        def writer() -> DataFrameWriter:
-            overwrite = self._writer(table, rows).mode("overwrite")
-            return overwrite.option("replaceWhere", condition)
-
-        self._commit(table, writer, max_tries)
-
-    def version(self, table: Table) -> int | None:
-        """Give the latest Delta version; None where the table does not exist."""
-        if not self.exists(table):
-            return None
-        row = self._delta(table).history(1).select("version").first()
-        return None if row is None else int(row["version"])
-
-    def _commit(
-        self, table: Table, make_writer: Callable[[], DataFrameWriter], max_tries: int
-    ) -> None:
-        def write() -> None:
-            try:
-                self._create(table)
-                self._save(table, make_writer())
-            except Exception:
-                # Another run may have created or changed the table: the next try checks it anew.
-                self._checked.discard(table.name)
-                raise
-
-        commit(write, table=table.name, lock=self._lock(table), max_tries=max_tries)
-
-    def _lock(self, table: Table) -> Path | None:
-        """Give the lock file of a table in a local folder.
-
-        None elsewhere, and for catalog names: a catalog that several processes can open is not one
-        of a single machine's disk.
-        """
-        place = self.place(table)
-        if not _is_path(place):
-            return None
-        place = self._qualified(place)
-        if not place.startswith("file:"):
-            return None
-        folder = Path(place.removeprefix("file:"))
-        return folder.parent / "_locks" / folder.name
-
-    def _qualified(self, place: str) -> str:
-        """Give a path with its file system and in full, as `file:/data/warehouse/runs`."""
-        jvm = self.spark._jvm
-        assert jvm is not None
-        path = jvm.org.apache.hadoop.fs.Path(place)
-        files = path.getFileSystem(self.spark._jsc.hadoopConfiguration())
-        return str(files.makeQualified(path).toString())
-
-    def _writer(self, table: Table, rows: DataFrame) -> DataFrameWriter:
-        missing = [name for name in table.names() if name not in rows.columns]
-        if missing:
-            raise TableError(f"{table.name}: rows lack the columns {missing}")
-        typed = [F.col(name).cast(field.dataType).alias(name) for name, field in zip(
-            table.names(), table.schema(), strict=True)]  # fmt: skip
-        return rows.select(*typed).write.format("delta")
-
-    def _save(self, table: Table, writer: DataFrameWriter) -> None:
-        place = self.place(table)
-        if _is_path(place):
-            writer.save(place)
-        else:
-            writer.saveAsTable(place)
-
-    def _create(self, table: Table) -> None:
-        from delta.tables import DeltaTable
-
-        if table.name in self._checked:
-            return
-        if self.exists(table):
-            self._check(table)
-            return
-        place = self.place(table)
-        # Not "if not exists": a table that another run has just created is to be checked.
-        builder = DeltaTable.create(self.spark)
-        if _is_path(place):
-            # Delta takes a relative location for a name of the catalog.
-            is_whole = place.startswith("/") or ":/" in place
-            builder = builder.location(place if is_whole else self._qualified(place))
-        else:
-            builder = builder.tableName(place)
-        builder = builder.addColumns(table.schema()).comment(table.grain)
-        builder = builder.property(_VERSION_PROPERTY, str(SCHEMA_VERSION))
-        if table.partitioned_by:
-            builder = builder.partitionedBy(*table.partitioned_by)
-        builder.execute()
-        self._checked.add(table.name)
-
-    def _check(self, table: Table) -> None:
-        if table.name in self._checked:
-            return
-        delta = self._delta(table)
-        detail = delta.detail().select("properties").first()
-        found = (detail["properties"] if detail else {}).get(_VERSION_PROPERTY)
-        if found != str(SCHEMA_VERSION):
-            raise TableError(
-                f"table '{table.name}' has schema version {found or 'none'}, "
-                f"this program reads and writes version {SCHEMA_VERSION}",
-                where=self.place(table),
-                fix="use another warehouse, or the program's version that wrote this one",
-            )
-        present = delta.toDF().columns
-        missing = [name for name in table.names() if name not in present]
-        if missing:
-            raise TableError(
-                f"table '{table.name}' lacks the columns {missing}; it has {present}",
-                where=self.place(table),
-                fix="use another warehouse",
-            )
-        self._checked.add(table.name)
-
-    def _delta(self, table: Table) -> DeltaTable:
-        from delta.tables import DeltaTable
-
-        place = self.place(table)
-        try:
-            if _is_path(place):
-                return DeltaTable.forPath(self.spark, place)
-            return DeltaTable.forName(self.spark, place)
-        except AnalysisException as error:
-            raise TableError(
-                f"table '{table.name}' cannot be read: {str(error).splitlines()[0]}", where=place
-            ) from None
-
-
-def _is_path(place: str) -> bool:
-    return "/" in place
-
-
-def _quoted(value: str) -> str:
-    """Guard a literal in a SQL condition; names are checked in the config as well."""
-    if not re.fullmatch(r"[\w.\-]+", value):
-        raise TableError(f"not a plain name: {value!r}")
-    return value
-
-
 def render_reference() -> str:
     """Render `docs/reference/tables.md` from the schemas."""
     lines = [
@@ -500,7 +266,7 @@ def render_reference() -> str:
         "",
         "Generated from `cdr/tables.py` by `python -m cdr.tables`; do not edit.",
         "",
-        f"Schema version {SCHEMA_VERSION}, kept in each table's property `{_VERSION_PROPERTY}`.",
+        f"Schema version {SCHEMA_VERSION}, kept in each table's property `{VERSION_PROPERTY}`.",
     ]
     for table in TABLES:
         lines += ["", f"## `{table.name}`", "", f"One row per {table.grain}.", ""]

@@ -1,16 +1,22 @@
-"""Waves: long work cut into ranges of buckets that are committed one by one.
+"""Waves: long work cut into ranges of buckets that are answered and committed one by one.
 
 Prompts fall into buckets by a hash of their messages, so that a bucket holds whole prompts and
-buckets are about alike. A wave is a range of buckets. Pure functions and one column.
+buckets are about alike. A wave is a range of buckets: engines are asked about its rows, and their
+answers appended in one commit, so that a killed run loses one wave at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pyspark.sql import Column
+from pyspark.sql import Column, DataFrame, Observation
 from pyspark.sql import functions as F
+
+from cdr.engines.base import EngineSpec
+from cdr.gpus import task_gpus
+from cdr.stages import Context, MapFunction
+from cdr.tables import Table
 
 BUCKETS = 4096
 
@@ -59,3 +65,52 @@ def cut_buckets(tokens: Mapping[int, int], tokens_per_wave: int) -> list[BucketR
             ranges.append(BucketRange(low, bucket + 1, gathered))
             low, gathered = bucket + 1, 0
     return ranges
+
+
+class WaveResult(NamedTuple):
+    """What a wave did: rows committed, and rows without an answer this time."""
+
+    committed: int
+    failed: int
+
+
+def answer_wave(
+    questions: DataFrame,
+    function: MapFunction,
+    schema: str,
+    run: Context,
+    *,
+    engines: Sequence[EngineSpec],
+    table: Table,
+    staged_as: str,
+    stamps: Mapping[str, Column] | None = None,
+) -> WaveResult:
+    """Ask engines about a wave's rows, and append what they answer to a table in one commit.
+
+    The wave is staged first: answers and failures come out of one pass over the models. Failures
+    stay there for later stages to read.
+
+    Args:
+        questions: the wave's rows, cut into tasks and sorted as they are to be asked.
+        function: asks the engine host of its task.
+        schema: of what it yields; `error` is null in rows with an answer.
+        run: the run.
+        engines: those that `function` asks; they say how many GPUs a task needs.
+        table: where answers go.
+        staged_as: name of the wave in the run's staging folder.
+        stamps: columns that `table` has besides, the same in all rows; `run_id` is always one.
+    """
+    observed = Observation()
+    answers = questions.mapInPandas(
+        function, schema, **task_gpus(run.warehouse.spark, engines)
+    ).observe(
+        observed,
+        F.count(F.when(F.col("error").isNull(), 1)).alias("committed"),
+        F.count("error").alias("failed"),
+    )
+    staged = run.staging.write(staged_as, answers)
+    result = WaveResult(**observed.get)
+    if result.committed:
+        stamped = {**(stamps or {}), "run_id": F.lit(run.run_id)}
+        run.warehouse.append(table, staged.where("error IS NULL").withColumns(stamped))
+    return result

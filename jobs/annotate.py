@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from cdr.annotation import AnnotationRun, make_context
-from cdr.cli import OK, end, make_parser, overrides, run_job
+from cdr.cli import OK, end, make_wave_parser, overrides, run_job
 from cdr.config import load_annotate_config
 from cdr.forecast import assume_routes, forecast
 from cdr.placement import place
@@ -24,7 +24,7 @@ from cdr.routing import give_domains, plan_routing, route_wave
 from cdr.scoring import plan_waves, plan_work, score_wave
 from cdr.session import get_session
 from cdr.stages import encode, group_prompts, load_candidates, pair, reject, reward
-from cdr.tables import Warehouse
+from cdr.warehouse import Warehouse
 from udfs.encode import ENCODED_DDL, make_encode
 from udfs.route import make_route
 from udfs.score import make_score
@@ -32,7 +32,7 @@ from udfs.score import make_score
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(
+    parser = make_wave_parser(
         __doc__,
         config="annotate YAML: a path or URI, see conf/annotate/",
         limit="results go to the dataset NAME.limit-N, scores are kept for later",

@@ -14,18 +14,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdr.cli import end, make_parser, overrides, run_job
+from cdr.cli import end, make_wave_parser, overrides, run_job
 from cdr.sampling import load_generate_config, plan_sampling
 from cdr.sampling_run import SamplingRun
 from cdr.sampling_stages import export_samples, plan_samples, sample_wave
 from cdr.session import get_session
-from cdr.tables import Warehouse
+from cdr.warehouse import Warehouse
 from udfs.generate import make_generate
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(
+    parser = make_wave_parser(
         __doc__,
         config="sampling YAML: a path or URI, see conf/generate/",
         limit="their samples are kept, a run without --limit adds the rest",

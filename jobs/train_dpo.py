@@ -19,6 +19,7 @@ from cdr import cli
 from cdr.demo_model import resolve_demo_model_dir
 from cdr.dpo_config import RunOptions
 from cdr.dpo_report import describe_command, render_table
+from cdr.engines.hardware import resolve_dtype
 
 HYPER_PARAMETERS = (
     *("max_length", "max_pairs", "holdout_fraction", "epochs", "batch_size"),
@@ -94,7 +95,7 @@ def train(args: argparse.Namespace, command: str) -> int:
             keep_checkpoints=args.keep_checkpoints,
         ),
         base_name=args.base_name or args.model.name,
-        dtype=dpo.choose_dtype() if args.dtype == "auto" else args.dtype,
+        dtype=resolve_dtype(args.dtype),
         **{name: getattr(args, name) for name in HYPER_PARAMETERS},
     )
     if not metrics:  # a further process of torchrun; the first one reports

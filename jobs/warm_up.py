@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cdr.cli import FAILED, OK, end, run_job
+from cdr.cli import FAILED, OK, end, make_parser, run_job
 from cdr.config import load_annotate_config
 from cdr.placement import place
 from cdr.plan import plan_annotation
@@ -24,15 +24,11 @@ from udfs.warm_up import make_warm_up
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        __doc__,
+        config="annotate YAML: a path or URI, see conf/annotate/",
         epilog="prints one line per node and model, and with --load one per device;\n"
         "exit codes: 0 all is there, 1 a node failed, 2 bad config or setup",
-    )
-    parser.add_argument("--config", required=True, help="annotate YAML, see conf/annotate/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value"
     )
     parser.add_argument(
         "--load", action="store_true", help="load the engines too, as the run would"

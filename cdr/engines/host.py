@@ -25,7 +25,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -47,13 +47,13 @@ from cdr.engines.base import (
 )
 from cdr.engines.launch import SOCKET
 from cdr.engines.owner import Owner
+from cdr.engines.processes import end_processes, find_engine_processes, kill_processes
 from cdr.engines.supervisor import become_subreaper
 from cdr.engines.wire import Group, Head, Outcome, Payload, Value
 from cdr.errors import EngineDied, FailReason
 from cdr.weights import make_local
 
 _WATCH_S = 1.0
-_CHILDREN_GRACE_S = 10.0
 
 _log = logging.getLogger("cdr.engines.host")
 
@@ -255,23 +255,21 @@ class EngineHost:
         except Exception:  # a dead one may not know how any more
             _log.exception("closing %s", name)
         _log.info("closed %s", name)
-        if not self._loaded:  # engines may share processes, so not before
-            _, alive = psutil.wait_procs(_engine_processes(), timeout=_CHILDREN_GRACE_S)
-            if alive:
-                _log.warning("killing processes %s that engines left", [p.pid for p in alive])
-                _kill(alive)
-                psutil.wait_procs(alive, timeout=_CHILDREN_GRACE_S)
+        if self._loaded:  # engines may share processes
+            return
+        if killed := end_processes(find_engine_processes()):
+            _log.warning("killed processes %s that engines left", [p.pid for p in killed])
 
     def _load(self, spec: EngineSpec) -> None:
         _log.info("loading %s with %s from %s", spec.name, spec.engine, spec.path)
-        begin, before = time.monotonic(), set(_engine_processes())
+        begin, before = time.monotonic(), find_engine_processes()
         try:
             local = make_local(spec)
             begin = time.monotonic()  # what is fetched once per node is no part of loading
             engine = make_engine(local, self._num_threads)
         except Exception as error:
             _log.exception("cannot load %s", spec.name)
-            _kill(set(_engine_processes()) - before)  # half an engine
+            kill_processes(find_engine_processes() - before)  # half an engine
             raise RuntimeError(
                 f"cannot load model {spec.name} from {spec.path}: {type(error).__name__}: {error}"
             ) from error
@@ -365,30 +363,10 @@ def answer(
 
 def kill_session() -> NoReturn:
     """End this process and all its descendants, without cleaning up."""
-    _kill(_descendants())
+    # Also those in sessions of their own, and orphans: this process is their reaper.
+    kill_processes(psutil.Process().children(recursive=True))
     os.kill(os.getpid(), signal.SIGKILL)  # what is left meets `cdr.engines.supervisor`
     raise AssertionError("unreachable: the signal above ends this process")
-
-
-def _descendants() -> list[psutil.Process]:
-    # Also those in sessions of their own, and orphans: this process is their reaper.
-    return psutil.Process().children(recursive=True)
-
-
-def _engine_processes() -> list[psutil.Process]:
-    """Give the descendants of this process, less multiprocessing's helper, which stays."""
-    found = []
-    for process in _descendants():
-        with contextlib.suppress(psutil.Error):
-            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
-def _kill(processes: Iterable[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def _has_broken_process(error: Exception) -> bool:

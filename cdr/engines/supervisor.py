@@ -20,6 +20,8 @@ import sys
 
 import psutil
 
+from cdr.engines.processes import kill_processes
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -32,9 +34,7 @@ def become_subreaper() -> None:
 def kill_descendants() -> None:
     """Kill children, and theirs, until there are none."""
     while children := psutil.Process().children(recursive=True):
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+        kill_processes(children)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, 0)[0]:  # grandchildren come here to be waited for as well
                 pass

@@ -35,6 +35,7 @@ from cdr.engines.base import (
     check_token_ids,
 )
 from cdr.engines.hardware import count_cores
+from cdr.engines.processes import end_processes, find_engine_processes, is_alive
 from cdr.engines.vllm_scoring import CoreRequest, Features, score_groups
 from cdr.engines.vllm_setup import (
     check_devices,
@@ -48,7 +49,6 @@ from cdr.errors import EngineDied, EngineError, ModelError
 # Requests handed over at once: enough to keep the device busy, few enough that answers, which hold
 # a row per prompt token, do not pile up.
 _MAX_REQUESTS = 1024
-_SHUTDOWN_S = 20.0
 _WATCH_S = 1.0
 
 _log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class _Core:
         self.version = f"vllm {version} / torch {metadata.version('torch')}"
         fields = vllm.SamplingParams.__struct_fields__
         check_devices(spec, current_platform)
-        before = _find_processes()
+        before = find_engine_processes()
         try:
             arguments = make_llm_arguments(spec, is_cpu=current_platform.is_cpu())
             if not hasattr(vllm.EngineArgs, "lora_target_modules"):
@@ -191,9 +191,9 @@ class _Core:
             self._llm = vllm.LLM(**arguments)
         except Exception as error:
             # Whatever vLLM raises here (it has no error class for it), the model is not loaded.
-            _end_processes(_find_processes() - before)
+            end_processes(find_engine_processes() - before)
             raise _explain(error, spec) from error
-        self._processes = _find_processes() - before
+        self._processes = find_engine_processes() - before
         self._is_closed = threading.Event()
         threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
         config = self._llm.llm_engine.vllm_config
@@ -260,7 +260,7 @@ class _Core:
 
         cores = [process for process in psutil.Process().children() if process in self._processes]
         while not self._is_closed.wait(_WATCH_S):
-            if not all(map(_is_alive, cores)):
+            if not all(map(is_alive, cores)):
                 self._llm.llm_engine.engine_core.outputs_queue.put_nowait(EngineDeadError())
                 return
 
@@ -275,7 +275,7 @@ class _Core:
             with _cores_lock:  # whoever loads these weights next must not get this core
                 if _cores.get(self.spec) is self:
                     del _cores[self.spec]
-            _end_processes(self._processes)
+            end_processes(self._processes)
             raise EngineDied("vLLM's engine core ended in the middle of a request") from error
 
     def close(self) -> None:
@@ -283,7 +283,7 @@ class _Core:
         self._is_closed.set()
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
-        _end_processes(self._processes)
+        end_processes(self._processes)
 
     def _check_head(self, head_dtype: str) -> None:
         if head_dtype != self.spec.head_dtype:
@@ -327,28 +327,3 @@ def _explain(error: Exception, spec: EngineSpec) -> ModelError:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:400] or type(error).__name__
-
-
-def _find_processes() -> set[psutil.Process]:
-    """Find the descendants of this process, less multiprocessing's tracker, which stays."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "resource_tracker" not in " ".join(process.cmdline()):
-                found.add(process)
-    return found
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
-def _end_processes(processes: set[psutil.Process]) -> None:
-    """Wait for processes to end, and kill those that do not."""
-    _, alive = psutil.wait_procs(processes, timeout=_SHUTDOWN_S)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_SHUTDOWN_S)

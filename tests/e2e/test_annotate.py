@@ -232,6 +232,9 @@ def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
             f"chosen_longer.{domain}": mean(map(operator.gt, chosen, refused)),
         }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert {name for name in metrics if name.startswith("load_s")} == {
+        f"load_s.{role}" for role in ("router", "strong", "weak")
+    }
 
     artifacts = Path(url2pathname(urlsplit(run.info.artifact_uri).path))
     asked = yaml.safe_load((artifacts / "config.yaml").read_text())

@@ -16,7 +16,8 @@ from pyspark.sql import functions as F
 
 from cdr.errors import TableError
 from cdr.runs import RunLog, RunRecord
-from cdr.tables import ROUTES, RUNS, Table, Warehouse
+from cdr.tables import ROUTES, RUNS, Table
+from cdr.warehouse import Warehouse
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from cdr.sampling import GenerateConfig, PromptsSpec, SamplingPlan, plan_samplin
 from cdr.sampling_run import SamplingRun
 from cdr.sampling_stages import export_samples, plan_samples, read_prompts, sample_wave
 from cdr.stages import MapFunction
-from cdr.tables import COMPLETIONS, REJECTS, RUNS, Warehouse
+from cdr.tables import COMPLETIONS, REJECTS, RUNS
+from cdr.warehouse import Warehouse
 from tests.tokenizers import make_smollm2
 from udfs.generate import make_generate
 

@@ -6,7 +6,6 @@ from typing import Literal
 import pytest
 from pyspark.sql import SparkSession
 
-from cdr.config import Condition, TermSpec
 from cdr.reward import (
     logprob_column,
     reward_column,
@@ -15,6 +14,7 @@ from cdr.reward import (
     term_name,
     weak_term,
 )
+from cdr.reward_config import Condition, TermSpec
 
 Entry = tuple[float | None, int | None]
 

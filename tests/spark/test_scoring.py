@@ -20,7 +20,8 @@ from cdr.progress import TaskCounter
 from cdr.scoring import plan_waves, plan_work, score_wave
 from cdr.stages import Context
 from cdr.staging import Staging
-from cdr.tables import LOGPROBS, Warehouse
+from cdr.tables import LOGPROBS
+from cdr.warehouse import Warehouse
 from udfs.encode import ENCODED_DDL
 
 STRONG, WEAK = (EngineSpec(name=name, engine="stub", path=name) for name in ("strong", "weak"))
@@ -111,7 +112,7 @@ def score_all(spark: SparkSession, context: Context, rows: DataFrame) -> tuple[i
     waves = plan_waves(work, context)
     counter = TaskCounter.create(spark)
     results = [score_wave(wave, work, context, fake_score, counter) for wave in waves]
-    return len(waves), sum(r.scored for r in results), sum(r.failed for r in results)
+    return len(waves), sum(r.committed for r in results), sum(r.failed for r in results)
 
 
 def test_identical_questions_are_asked_once(spark: SparkSession, tmp_path: Path) -> None:

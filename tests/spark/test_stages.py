@@ -29,7 +29,8 @@ from cdr.engines.base import ScoringGroup
 from cdr.engines.stub import StubEngine
 from cdr.plan import AnnotationPlan, RoutePlan, plan_annotation
 from cdr.router import router_messages
-from cdr.tables import LOGPROBS, REJECTS, REWARDS, ROUTES, RUNS, TABLES, Table, Warehouse
+from cdr.tables import LOGPROBS, REJECTS, REWARDS, ROUTES, RUNS, TABLES, Table
+from cdr.warehouse import Warehouse
 from jobs.annotate import annotate, dry_run
 from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe, make_smollm2
 

@@ -20,7 +20,8 @@ from cdr.config import RunSpec
 from cdr.job_run import JobRun
 from cdr.runs import RunRecord, StopSignal
 from cdr.staging import Staging
-from cdr.tables import Table, Warehouse
+from cdr.tables import Table
+from cdr.warehouse import Warehouse
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from cdr.errors import TableError
-from cdr.tables import LOGPROBS, ROUTES, RUNS, TABLES, Warehouse
+from cdr.tables import LOGPROBS, ROUTES, RUNS, TABLES
+from cdr.warehouse import Warehouse
 
 
 def route_rows(spark: SparkSession, run_id: str, *hashes: str) -> object:

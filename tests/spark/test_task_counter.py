@@ -12,7 +12,7 @@ import pytest
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
 
-from cdr.progress import Counts, TaskCounter
+from cdr.progress import Counts, EngineLoad, TaskCounter, slowest_loads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +65,24 @@ def test_a_failed_attempt_is_not_counted(spark: SparkSession) -> None:
     with pytest.raises(PythonException, match="engine died"):
         spark.range(1).mapInPandas(fail, "id long").collect()
     assert counter.read() == Counts(0, 0)
+
+
+def test_the_slowest_host_says_how_long_an_engine_took_to_load(spark: SparkSession) -> None:
+    counter = TaskCounter.create(spark)
+
+    def load(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            for task in batch["id"].tolist():
+                strong = EngineLoad("node", f"cuda:{task}", 100 + task, "strong", 30.0 + task)
+                # Tasks that come later to a host find the same engine with the same number.
+                weak = EngineLoad("node", "cuda:0", 100, "weak", 7.5)
+                counter.add_loads([strong, weak])
+            yield batch
+
+    assert slowest_loads(counter.engine_loads()) == {}
+    spark.range(3, numPartitions=3).mapInPandas(load, "id long").collect()
+    assert len(counter.engine_loads()) == 4
+    assert slowest_loads(counter.engine_loads()) == {"strong": 32.0, "weak": 7.5}
 
 
 def test_the_folder_goes_away_with_the_counter(spark: SparkSession) -> None:

@@ -21,7 +21,14 @@ from tokenizers import Tokenizer, models
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from cdr.chat import FROZEN_DATE, ChatEncoder, Message, check_vocabulary, load_chat_template
+from cdr.chat import (
+    FROZEN_DATE,
+    ChatEncoder,
+    Message,
+    check_vocabulary,
+    load_tokenizer,
+    own_template,
+)
 from cdr.errors import ConfigError, ModelError, RejectReason, RowRejected
 from tests.tokenizers import (
     CHATML_TEMPLATE,
@@ -448,7 +455,7 @@ def test_saved_tokenizer_loads_with_its_template_and_without_torch(tmp_path: Pat
     make_smollm2().save_pretrained(tmp_path)
     chat = ChatEncoder.load(str(tmp_path), None, template="own", score_end_of_turn=False)
     assert chat.encode_prefix(QUESTION) == cached("smollm2-chatml").encode_prefix(QUESTION)
-    assert load_chat_template(str(tmp_path), None) == make_smollm2().chat_template
+    assert own_template(load_tokenizer(str(tmp_path), None)) == make_smollm2().chat_template
     code = (
         "import sys; from cdr.chat import ChatEncoder\n"
         f"ChatEncoder.load({str(tmp_path)!r}, None, template='own')\n"

@@ -1,4 +1,4 @@
-"""What `cdr.config` and `cdr.config_files` accept, and how they say no."""
+"""What `cdr.config`, `cdr.reward_config` and `cdr.config_files` accept, and how they say no."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from cdr.config import (
-    AnnotateConfig,
-    PairSpec,
-    RewardSpec,
-    content_hash,
-    is_hub_id,
-    load_annotate_config,
-    load_reward_config,
-)
+from cdr.config import AnnotateConfig, PairSpec, content_hash, load_annotate_config
 from cdr.config_reference import render_config_reference
 from cdr.errors import ConfigError
+from cdr.reward_config import RewardSpec, is_hub_id, load_reward_config
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -101,8 +101,11 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-def fetch(folder: Path, endpoint: str, repo: str, revision: str = COMMIT, **more: str) -> Any:
-    """Fetch in another process; give its answer."""
+def fetch(
+    folder: Path, endpoint: str, repo: str, revision: str = COMMIT, *, first: str = "", **more: str
+) -> Any:
+    """Fetch in another process, which runs the code `first` before; give its answer."""
+    code = f"{first}\nimport sys; from cdr import weights; sys.exit(weights.main(sys.argv[1:]))"
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
         "HF_HOME": str(folder / "hf"),
@@ -112,7 +115,7 @@ def fetch(folder: Path, endpoint: str, repo: str, revision: str = COMMIT, **more
     }
     source = json.dumps({"path": repo, "revision": revision})
     done = subprocess.run(
-        [sys.executable, "-m", "cdr.weights", "fetch", source],
+        [sys.executable, *(["-c", code] if first else ["-m", "cdr.weights"]), "fetch", source],
         env=environment, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     answer = json.loads(done.stdout)
@@ -175,29 +178,21 @@ def test_each_refusal_says_what_to_do(
 
 
 def test_a_hub_that_cannot_be_reached_is_told_from_one_that_refuses(tmp_path: Path) -> None:
-    answer = fetch(tmp_path, "http://127.0.0.1:9", "acme/model")
+    # The client tries again after 1, 2, 4, 8 and 8 s, which nothing can set.
+    impatient = "import time; time.sleep = lambda seconds: None"
+    answer = fetch(tmp_path, "http://127.0.0.1:9", "acme/model", first=impatient)
     assert "http://127.0.0.1:9 cannot be reached" in answer["error"]
     assert "HTTPS_PROXY" in answer["error"]
 
 
 def test_a_disk_without_room_is_seen_before_the_download(
-    hub: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     endpoint, asked = hub
-    program = (
-        "import shutil, sys, types\n"
-        "shutil.disk_usage = lambda folder: types.SimpleNamespace(free=100)\n"
-        "from cdr import weights\n"
-        "sys.exit(weights.main(sys.argv[1:]))"
+    full = (
+        "import shutil, types\nshutil.disk_usage = lambda folder: types.SimpleNamespace(free=100)"
     )
-    source = json.dumps({"path": "acme/model", "revision": COMMIT})
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint}
-    done = subprocess.run(
-        [sys.executable, "-c", program, "fetch", source],
-        env={**environment, "CDR_CACHE": str(tmp_path / "cache")},
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    error = json.loads(done.stdout)["error"]
+    error = fetch(tmp_path, endpoint, "acme/model", first=full)["error"]
     assert "the disk is too full for 'acme/model'" in error
     assert "HF_HOME" in error
     assert not any("resolve" in path for path in asked)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cdr.config import ModelSpec, RewardSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
+from cdr.reward_config import ModelSpec, RewardSpec
 
 
 def make_folder(path: Path, weights: bytes = b"weights", **config: Any) -> Path:

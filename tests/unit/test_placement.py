@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cdr.config import AnnotateConfig, ModelSpec
+from cdr.config import AnnotateConfig
 from cdr.encoding import EncodingPlan
 from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel
 from cdr.placement import place, weights_bytes
 from cdr.plan import AnnotationPlan
+from cdr.reward_config import ModelSpec
 
 PARAMETERS = 1 << 20  # 4 MiB in float32, with a quarter more 5 MiB
 GIB_OF_A_MIB = 1 / 1024

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdr.config import Condition, RewardSpec, TermSpec
 from cdr.reward import reward_key, reward_value, strong_term, term_name, weak_term
+from cdr.reward_config import Condition, RewardSpec, TermSpec
 
 Name = tuple[str, Condition]
 

@@ -20,7 +20,7 @@ from cdr.sampling import (
     sample_id,
     sample_seed,
 )
-from tests.tokenizers import make_smollm2
+from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe, make_smollm2
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 HASHES = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -48,7 +48,8 @@ def test_sample_id_is_prompt_and_number() -> None:
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
-    make_smollm2().save_pretrained(folder)
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    make_small_bpe(CHATML_TEMPLATE, special=special).save_pretrained(folder)
     return folder
 
 

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from cdr import text_files
-from cdr.config import load_annotate_config, load_reward_config
+from cdr.config import load_annotate_config
 from cdr.errors import ConfigError
 from cdr.prompt_pack import load_prompt_pack
+from cdr.reward_config import load_reward_config
 from cdr.staging import hadoop_place
 from cdr.text_files import is_uri, package_conf, read_text, resolve_beside
 

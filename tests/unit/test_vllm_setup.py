@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cdr.config import ModelSpec, RewardSpec, load_annotate_config
+from cdr.config import load_annotate_config
 from cdr.engines import vllm, vllm_setup
 from cdr.engines.adapters import AdapterShape, read_adapter_shape, share_weights
 from cdr.engines.base import EngineSpec, make_engine
@@ -30,6 +30,8 @@ from cdr.engines.vllm_setup import (
 from cdr.errors import ConfigError, ModelError
 from cdr.models import resolve_models
 from cdr.plan import plan_annotation
+from cdr.reward_config import ModelSpec, RewardSpec
+from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DEMO_ADAPTER = CONF / "models" / "smollm2-135m-instruct-dpo"
@@ -378,7 +380,15 @@ def test_a_models_key_holds_what_decides_numbers_and_nothing_else(
     assert key() == key(head_dtype="bfloat16") == keys[2]
 
 
-def test_the_demos_plan_loads_one_copy_of_weights_for_all_its_models() -> None:
+def test_the_demos_plan_loads_one_copy_of_weights_for_all_its_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models" / "smollm2-135m-instruct"
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    make_small_bpe(CHATML_TEMPLATE, special=special).save_pretrained(folder)
+    write_config(folder, vocab_size=512)
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    monkeypatch.setenv("CDR_CACHE", str(tmp_path))
     config = load_annotate_config(CONF / "annotate" / "demo.yaml", ["engine=vllm"])
     plan = plan_annotation(config)
     assert plan.route is not None

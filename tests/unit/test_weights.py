@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from cdr import weights
-from cdr.config import ModelSpec
 from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError, ModelError, SetupError
 from cdr.node_cache import size_of
+from cdr.reward_config import ModelSpec
 from cdr.weights import Source, fetch, fetch_small_files, hash_files, make_local
 
 pytestmark = pytest.mark.timeout(120)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 Z_95: Final = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 LENGTH_EDGES: Final = (-100, -25, -5, 6, 26, 101)
-"""Where `bin_by_length` cuts the difference chosen − rejected, in tokens; up to 5 is about equal."""
+"""Where `bin_by_length` cuts chosen − rejected, in tokens; up to 5 either way is one bin."""
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]

@@ -295,16 +295,23 @@ class Difference:
     """Accuracy of B minus that of A on the same pairs.
 
     Args:
-        value: −1 to 1.
-        interval: 95 % paired, stratified bootstrap interval.
+        a: weighted accuracy of A, 0 to 1.
+        b: the same of B.
+        interval: 95 % paired, stratified bootstrap interval of b − a.
         p: McNemar's exact p-value over all the pairs, weights aside.
         paired: the pairs in all.
     """
 
-    value: float
+    a: float
+    b: float
     interval: Interval
     p: float
     paired: PairedTally
+
+    @property
+    def value(self) -> float:
+        """B − A, −1 to 1."""
+        return self.b - self.a
 
 
 def compare_accuracies(
@@ -319,7 +326,6 @@ def compare_accuracies(
     """
     rng = np.random.default_rng(seed)
     weights = np.array([weight for _, weight in strata])
-    shares = np.array([(tally.only_b - tally.only_a) / tally.total for tally, _ in strata])
     drawn = np.empty((resamples, len(strata)))
     for number, (tally, _) in enumerate(strata):
         alike = tally.total - tally.only_a - tally.only_b
@@ -334,7 +340,8 @@ def compare_accuracies(
         total=sum(tally.total for tally in tallies),
     )
     return Difference(
-        value=float((weights * shares).sum() / weights.sum()),
+        a=weighted_accuracy([Stratum(tally.a, weight) for tally, weight in strata]) or 0.0,
+        b=weighted_accuracy([Stratum(tally.b, weight) for tally, weight in strata]) or 0.0,
         interval=_percentiles((drawn * weights).sum(axis=1) / weights.sum()),
         p=compute_mcnemar_p(paired.only_a, paired.only_b),
         paired=paired,

@@ -54,7 +54,7 @@ def _accuracy(report: Report, title: str) -> Figure:
         marker="_", s=300, color=_BASE, label="longer wins",
     )  # fmt: skip
     axes.set_ylabel("accuracy, %")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     return figure
 
 

@@ -354,8 +354,8 @@ def score_pairs(
         scores=tuple(scores),
         length=effects,
         balanced_intervals={name: found for name, found in balanced.items() if found},
-        left_out=_count_by_section(out, out["reason"]),
-        routed=_count_by_section(ok, domain),
+        left_out=_count_by_section(out, out["reason"], shown),
+        routed=_count_by_section(ok, domain, shown),
         fallbacks=int((ok["domain_source"] == "fallback").sum()),
     )
 
@@ -396,11 +396,20 @@ class _Scorer:
         )  # fmt: skip
 
 
-def _count_by_section(rows: pd.DataFrame, by: pd.Series[Any]) -> dict[str, dict[str, int]]:
-    counts: dict[str, dict[str, int]] = {}
-    for (section, name), count in rows.groupby([rows["section"], by]).size().items():  # type: ignore[misc]
-        counts.setdefault(str(section), {})[str(name)] = int(count)
-    return counts
+def _count_by_section(
+    rows: pd.DataFrame, by: pd.Series[Any], sections: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Count rows; sections in their order, those that are none of the benchmark's last."""
+    others = sorted(set(rows["section"]) - set(sections))
+    counts = {
+        section: by[rows["section"] == section].value_counts().sort_index()
+        for section in (*sections, *others)
+    }
+    return {
+        section: {str(name): int(count) for name, count in found.items()}
+        for section, found in counts.items()
+        if len(found)
+    }
 
 
 def _names(scores: Sequence[Score]) -> str:

@@ -83,12 +83,9 @@ class Comparison:
             f"{'only A':>8}{'only B':>8}{'McNemar p':>11}",
         ]
         for name, found in self.differences.items():
-            a, b = found.paired.a.accuracy, found.paired.b.accuracy
-            # A weighted mean has no plain accuracy to stand beside it.
-            sides = ("", "") if name == MEAN_OF_SECTIONS else (_percent(a), _percent(b))
             low, high = found.interval
             lines.append(
-                f"{name:<20}{found.paired.total:>7,}{sides[0]:>8}{sides[1]:>8}"
+                f"{name:<20}{found.paired.total:>7,}{_percent(found.a):>8}{_percent(found.b):>8}"
                 f"{100 * found.value:>+8.1f}{f'{100 * low:+.1f} to {100 * high:+.1f}':>15}"
                 f"{found.paired.only_a:>8,}{found.paired.only_b:>8,}{found.p:>11.3g}"
             )

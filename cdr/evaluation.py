@@ -113,11 +113,12 @@ class EvaluationRun(ScoringRun):
                 for file in draw_report(report, title, Path(folder)):
                     self._tracker.log_file(file)
         self._log_outputs((ROUTES, LOGPROBS, REWARDS, REJECTS, BENCHMARK_PAIRS, BENCHMARK_RESULTS))
-        reused = work.asked - self._scored
+        reused = work.asked - self._scored - self._failed
         print(
             f"\n{title}: {report.judged:,} of {report.pairs:,} pairs judged\n"
-            f"log-probs: {work.asked:,} asked, {reused:,} were in the store or failed, "
-            f"{self._scored:,} scored in {spent_s['scoring_s']:.0f} s\n\n{report.render()}\n"
+            f"log-probs: {work.asked:,} asked, {reused:,} were in the store, "
+            f"{self._scored:,} scored in {spent_s['scoring_s']:.0f} s, {self._failed:,} failed\n\n"
+            f"{report.render()}\n"
         )
         for warning in report.warnings():
             print(f"warning: {warning}")

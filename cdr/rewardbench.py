@@ -52,7 +52,8 @@ class Subset:
 
 def _subsets(section: str, prior: LengthPrior, **rows: int) -> dict[str, Subset]:
     return {
-        name.replace("_", "-"): Subset(section, count, count, prior) for name, count in rows.items()
+        name.replace("_", "-"): Subset(section, count, float(count), prior)
+        for name, count in rows.items()
     }
 
 
@@ -70,13 +71,13 @@ SUBSETS: Final[Mapping[str, Subset]] = {
         xstest_should_refuse=154, donotanswer=136,
     ),
     **_subsets(SAFETY, "chosen_longer", xstest_should_respond=250),
-    "math-prm": Subset(REASONING, 447, 984, "neutral"),
+    "math-prm": Subset(REASONING, 447, 984.0, "neutral"),
     **_subsets(
         REASONING, "neutral", hep_cpp=164, hep_go=164, hep_java=164, hep_js=164, hep_python=164,
         hep_rust=164,
     ),
     **{
-        name: Subset(PRIOR_SETS, None, 1, "neutral")
+        name: Subset(PRIOR_SETS, None, 1.0, "neutral")
         for name in ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
     },
 }  # fmt: skip

@@ -175,6 +175,7 @@ class Report:
             "longer_wins": {s.name: s.longer_wins for s in self.at("section")},
             "balanced_accuracy": {n: e.balanced_accuracy for n, e in self.length.items()},
             "favours_longer": {name: e.favours_longer for name, e in self.length.items()},
+            "routed": {section: dict(row) for section, row in self.routed.items()},
             **self.counts(),
         }
 

@@ -103,22 +103,34 @@ def plan_evaluation(
     Args:
         config: the config.
         sample: which pairs; None for all.
-        with_oracle: behind each row with a router, add it with the true domains in its place.
+        with_oracle: behind each row with a router, add it with the true domains in its place, if
+            no row is that already.
 
     Raises:
         ConfigError: a model, template, pack or domain is missing or does not fit.
     """
-    plans = []
-    for name in config.row_names():
-        annotate = _annotate_config(config, name, sample)
-        plans.append(_plan(config, name, annotate, sample))
-        if with_oracle and annotate.reward.routing.mode == "adaptive":
-            reward = annotate.reward
-            routing = reward.routing.model_copy(update={"mode": "column"})
-            change = {"routing": routing, "name": f"{reward.name}{ORACLE}"}
-            oracle = annotate.model_copy(update={"reward": reward.model_copy(update=change)})
-            plans.append(_plan(config, f"{name}{ORACLE}", oracle, sample))
-    return plans
+    configs = {name: _annotate_config(config, name, sample) for name in config.row_names()}
+    plans = [_plan(config, name, annotate, sample) for name, annotate in configs.items()]
+    if not with_oracle:
+        return plans
+    known = {plan.annotation.reward_key for plan in plans}
+    found = []
+    for plan in plans:
+        found.append(plan)
+        if plan.annotation.route is None:
+            continue
+        oracle = _plan_oracle(plan, configs[plan.name])
+        if oracle.annotation.reward_key not in known:
+            found.append(oracle)
+    return found
+
+
+def _plan_oracle(router: EvaluationPlan, annotate: AnnotateConfig) -> EvaluationPlan:
+    reward = annotate.reward
+    routing = reward.routing.model_copy(update={"mode": "column"})
+    change = {"routing": routing, "name": f"{reward.name}{ORACLE}"}
+    oracle = annotate.model_copy(update={"reward": reward.model_copy(update=change)})
+    return _plan(router.config, f"{router.name}{ORACLE}", oracle, router.sample)
 
 
 def _plan(

@@ -32,9 +32,7 @@ from cdr.sources import (
 from cdr.stages import Context
 from cdr.tables import BENCHMARK_PAIRS
 
-_MAP = (
-    "map your names, for example --set input.columns.chosen=good --set input.columns.section=topic"
-)
+_MAP = "map your sections, for example --set input.columns.section=topic, and list them in sections"
 
 
 def load_pairs(plan: EvaluationPlan, run: Context) -> DataFrame:
@@ -94,7 +92,7 @@ def read_pairs(spark: SparkSession, source: PairsInputSpec) -> DataFrame:
          (names.id, IDENTIFIER), (names.subset, TEXT), (names.section, TEXT),
          (names.domain, TEXT)],
         source.place,
-        fix=_MAP,
+        example="chosen=good",
     )  # fmt: skip
     refuse_mixed_json(spark, source, rows, [names.prompt, names.chosen, names.rejected])
     return rows

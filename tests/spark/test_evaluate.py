@@ -315,6 +315,7 @@ def test_a_table_of_another_shape_is_refused_with_what_to_do(
     with pytest.raises(InputError) as lacks:
         read(spark, make_config(tmp_path, tokenizer, [{"text": "x"}], {}))
     assert "lacks the columns ['prompt', 'chosen', 'rejected']" in str(lacks.value)
+    assert "input.columns.chosen=good" in str(lacks.value)
     rows = [pair("poetry", n) for n in range(3)]
     with pytest.raises(InputError) as unfit:
         read(spark, make_config(tmp_path, tokenizer, rows, REWARDBENCH))

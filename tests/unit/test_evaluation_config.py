@@ -197,6 +197,13 @@ def test_the_oracle_of_a_router_is_added_behind_it(stubs: dict[str, Any]) -> Non
     assert len({plan.annotation.reward_key for plan in plans}) == 3
 
 
+def test_an_oracle_that_is_a_row_already_is_not_added(stubs: dict[str, Any]) -> None:
+    rows = {"cdr": {}, "oracle": {"change": {"routing": {"mode": "column"}}}}
+    config = EvaluateConfig.model_validate(tree(reward=stubs, rows=rows))
+    plans = plan_evaluation(config, with_oracle=True)
+    assert [plan.name for plan in plans] == ["cdr", "oracle"]
+
+
 def test_an_oracle_that_the_pack_does_not_have_is_refused(stubs: dict[str, Any]) -> None:
     reward = {**stubs, "routing": {"mode": "column"}}
     config = EvaluateConfig.model_validate(tree(reward=reward, oracle={"Chat": "poetry"}))

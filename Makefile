@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm demo evaluate test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -69,6 +69,9 @@ java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import 
 demo: setup java ## Annotate the demo input, print what came, and what to try next
 	@$(SUBMIT) jobs/annotate.py --config conf/annotate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
 
+evaluate: setup java ## Evaluate the demo's reward on the demo's labelled pairs (ARGS=--quick)
+	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
+
 test: setup setup-vllm java ## Lint, types and every tier of tests but the cluster's
 	@$(MAKE) --no-print-directory lint types
 	@$(BIN)/pytest
@@ -102,7 +105,7 @@ package: $(READY) ## Build the wheel that clusters install
 	@rm -rf dist
 	@$(BIN)/uv build --quiet --wheel --out-dir dist .
 	@wheel=$$(ls dist/*.whl); \
-	  echo "$$wheel: the library, the jobs (cdr-annotate, cdr-generate) and conf/"; \
+	  echo "$$wheel: the library, the jobs (cdr-annotate, cdr-evaluate, cdr-generate) and conf/"; \
 	  echo "  on this machine  pip install '$$wheel[spark]', then cdr-annotate --help"; \
 	  echo "  on Databricks    docs/how-to/databricks.md"; \
 	  echo "  on EMR           docs/how-to/emr.md"

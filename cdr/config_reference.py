@@ -1,4 +1,4 @@
-"""Reference page of every key a config may hold, written from its models.
+"""Reference page of every key a config may hold, written from the models in `cdr.config`.
 
     python -m cdr.config_reference > docs/reference/config.md
 
@@ -18,17 +18,19 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cdr.config import AnnotateConfig
+from cdr.config import AnnotateConfig, RunSpec
+from cdr.evaluation_config import EvaluateConfig, EvaluateTrackingSpec
+from cdr.reward_config import RewardSpec
 
 _INTRODUCTION = """\
 # Config reference
 
-<!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py
-and cdr/reward_config.py. -->
+<!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py,
+cdr/reward_config.py and cdr/evaluation_config.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
-by file. Unknown keys are errors, and all problems of a file are reported together, before Spark
-starts.
+by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`), whose keys come last. Unknown
+keys are errors, and all problems of a file are reported together, before Spark starts.
 
 ## Where values come from
 
@@ -52,16 +54,28 @@ no revision; its identity is a hash of the folder's content.
 ## Keys
 """
 
+_EVALUATION = """
+## Keys of an evaluation
+
+`reward`, `run` and `tracking` are as above; MLflow's experiment is `cdr-evaluate`.
+"""
+
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
 def render_config_reference() -> str:
     """Give the page as Markdown: one section per mapping of the config, depth first."""
-    return _INTRODUCTION + "".join(_sections(AnnotateConfig, ""))
+    run = _sections(AnnotateConfig, "", "A run")
+    # What stands under a run already.
+    known = (RewardSpec, RunSpec, EvaluateTrackingSpec)
+    evaluation = _sections(EvaluateConfig, "", "An evaluation", known)
+    return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation])
 
 
-def _sections(model: type[BaseModel], key: str) -> Iterator[str]:
-    title = f"`{key}`" if key else "A run"
+def _sections(
+    model: type[BaseModel], key: str, whole: str, known: tuple[type[BaseModel], ...] = ()
+) -> Iterator[str]:
+    title = f"`{key}`" if key else whole
     rows = "".join(_row(name, field) for name, field in model.model_fields.items())
     yield (
         f"\n### {title}\n\n{inspect.getdoc(model)}\n\n"
@@ -69,10 +83,11 @@ def _sections(model: type[BaseModel], key: str) -> Iterator[str]:
     )
     for name, field in model.model_fields.items():
         inner = _inner_model(field.annotation)
-        if inner is not None:
+        if inner is not None and inner not in known:
             origin = get_origin(field.annotation)
-            step = ".<role>" if origin is dict else "[]" if origin is tuple else ""
-            yield from _sections(inner, f"{key}.{name}{step}".removeprefix("."))
+            item = "role" if name == "models" else "name"
+            step = f".<{item}>" if origin is dict else "[]" if origin is tuple else ""
+            yield from _sections(inner, f"{key}.{name}{step}".removeprefix("."), whole, known)
 
 
 def _row(name: str, field: FieldInfo) -> str:

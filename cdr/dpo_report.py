@@ -8,7 +8,6 @@ length alone would reach: an accuracy that does not beat it shows nothing. Pure 
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from cdr.accuracy import Tally
 from cdr.dpo_data import EncodedPair
 
 ALL_SECTIONS: Final = "All"
-Z_95: Final = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 @dataclass(frozen=True)
@@ -41,31 +40,6 @@ class HeldOutPair:
     rejected_ratio: float
     chosen_tokens: int
     rejected_tokens: int
-
-
-def compute_wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """Give the 95 % Wilson score interval of a share.
-
-    Args:
-        right: how many were right.
-        total: of how many; 0 gives (0, 1).
-
-    Returns:
-        (lower, upper) bound, each in [0, 1].
-
-    Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
-
-    Example:
-        >>> tuple(round(bound, 3) for bound in compute_wilson_interval(8, 10))
-        (0.49, 0.943)
-    """
-    if total == 0:
-        return 0.0, 1.0
-    share, z2 = right / total, Z_95 * Z_95
-    centre = share + z2 / (2 * total)
-    spread = Z_95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
-    scale = 1 + z2 / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def summarize(pairs: Sequence[HeldOutPair]) -> dict[str, dict[str, Any]]:
@@ -200,30 +174,29 @@ Pairs per section in training: {_list_counts(data["train_pairs_by_section"])}.
 
 
 def _summarize_section(pairs: Sequence[HeldOutPair]) -> dict[str, Any]:
-    total = len(pairs)
-    longer = sum(pair.chosen_tokens > pair.rejected_tokens for pair in pairs)
-    result: dict[str, Any] = {"n": total, "longer_wins": longer / total if total else 0.0}
+    longer = Tally.of([pair.chosen_tokens - pair.rejected_tokens for pair in pairs])
+    result: dict[str, Any] = {"n": len(pairs), "longer_wins": longer.accuracy or 0.0}
     margins: dict[str, Callable[[HeldOutPair], float]] = {
         "sum": lambda p: p.chosen_ratio - p.rejected_ratio,
         "mean": lambda p: p.chosen_ratio / p.chosen_tokens - p.rejected_ratio / p.rejected_tokens,
     }
     for name, margin in margins.items():
-        values = [margin(pair) for pair in pairs]
-        right = sum(value > 0 for value in values)
-        result[f"accuracy_{name}"] = right / total if total else 0.0
-        result[f"ci95_{name}"] = list(compute_wilson_interval(right, total))
-        result[f"ties_{name}"] = sum(value == 0 for value in values)
+        tally = Tally.of([margin(pair) for pair in pairs])
+        result[f"accuracy_{name}"] = tally.accuracy or 0.0
+        result[f"ci95_{name}"] = list(tally.interval)
+        result[f"ties_{name}"] = tally.ties
     result["subsets"] = {
-        subset: {
-            "n": sum(pair.subset == subset for pair in pairs),
-            "accuracy_sum": sum(
-                pair.chosen_ratio > pair.rejected_ratio for pair in pairs if pair.subset == subset
-            )
-            / sum(pair.subset == subset for pair in pairs),
-        }
+        subset: _summarize_subset([pair for pair in pairs if pair.subset == subset], margins["sum"])
         for subset in sorted({pair.subset for pair in pairs})
     }
     return result
+
+
+def _summarize_subset(
+    pairs: Sequence[HeldOutPair], margin: Callable[[HeldOutPair], float]
+) -> dict[str, Any]:
+    tally = Tally.of([margin(pair) for pair in pairs])
+    return {"n": tally.total, "accuracy_sum": tally.accuracy}
 
 
 def _interval(bounds: Sequence[float]) -> str:

@@ -1,5 +1,7 @@
 """Snapshots of the Hugging Face hub: a pinned commit in the hub's own cache, or why it is not.
 
+Models, by `cdr.weights`; and the Parquet files of a data set's split.
+
 Endpoint, token, cache and offline mode are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN,
 HF_HOME, HF_HUB_OFFLINE. `cdr.weights` decides which files, and that one process at a time asks.
 """
@@ -77,6 +79,40 @@ def download_snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path
     return Path(folder)
 
 
+def download_split(repo: str, revision: str, split: str) -> list[Path]:
+    """Download the Parquet files of a data set's split, on the driver.
+
+    Args:
+        repo: hub id of the data set.
+        revision: commit hash.
+        split: name of the split; its files are `SPLIT-*.parquet`, in any folder.
+
+    Returns:
+        The files in order, at least one.
+
+    Raises:
+        ModelError: as for `download_snapshot`, or the commit has no such split.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
+    try:
+        with _without_bars():
+            folder = snapshot_download(
+                repo, revision=revision, repo_type="dataset", allow_patterns=patterns
+            )
+    except Exception as error:
+        raise _explain(error, repo, revision, kind="data set") from error
+    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+    if not files:
+        raise ModelError(
+            f"the data set '{repo}' has no Parquet files of the split '{split}'",
+            where=f"{repo}@{revision}",
+            fix="name one of its splits, or export it to a file and name that",
+        )
+    return files
+
+
 def _repo_folder(repo: str) -> Path:
     return cache_folder() / f"models--{repo.replace('/', '--')}"
 
@@ -124,33 +160,37 @@ def _without_bars() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _explain(error: Exception, repo: str, revision: str) -> ModelError:
+def _explain(error: Exception, repo: str, revision: str, *, kind: str = "model") -> ModelError:
     """Say what a user can do about an error of the hub's client."""
     from huggingface_hub import constants, errors, get_token
 
-    endpoint = constants.ENDPOINT
+    endpoint, is_model = constants.ENDPOINT, kind == "model"
+    page = f"{endpoint}/{repo}" if is_model else f"{endpoint}/datasets/{repo}"
+    elsewhere = _ELSEWHERE if is_model else "or put its files elsewhere and name that in the config"
     known = "the token of HF_TOKEN" if get_token() else "this process, which has no token,"
     status = getattr(getattr(error, "response", None), "status_code", None)
     where = f"{repo}@{revision}"
+    command = f"hf download {repo} --revision {revision}"
+    command += "" if is_model else " --repo-type dataset"
 
     def model_error(what: str, fix: str) -> ModelError:
         return ModelError(what, where=where, fix=fix)
 
     if isinstance(error, errors.GatedRepoError):
         return model_error(
-            f"the model '{repo}' is gated, and {known} has no access",
-            f"accept its licence at {endpoint}/{repo} with the token's account, and {_SET_TOKEN}",
+            f"the {kind} '{repo}' is gated, and {known} has no access",
+            f"accept its licence at {page} with the token's account, and {_SET_TOKEN}",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return model_error(
-            f"the model '{repo}' has no commit {revision}",
-            f"look the commit up at {endpoint}/{repo}/commits/main",
+            f"the {kind} '{repo}' has no commit {revision}",
+            f"look the commit up at {page}/commits/main",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return model_error(
-            f"there is no model '{repo}' at {endpoint}, or it is private and {known} may not see "
+            f"there is no {kind} '{repo}' at {endpoint}, or it is private and {known} may not see "
             "it",
-            f"check the name; for a private model {_SET_TOKEN}",
+            f"check the name; for a private {kind} {_SET_TOKEN}",
         )
     if status in (401, 403):
         return model_error(
@@ -160,18 +200,17 @@ def _explain(error: Exception, repo: str, revision: str) -> ModelError:
     if status is not None:
         return model_error(
             f"{endpoint} answered {status} when asked for '{repo}'",
-            f"try again later, {_ELSEWHERE}",
+            f"try again later, {elsewhere}",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return model_error(f"the disk of {cache_folder()} is full", _SET_HOME)
     if constants.HF_HUB_OFFLINE:
         return model_error(
             f"HF_HUB_OFFLINE is set, and the cache {cache_folder()} lacks files of '{repo}'",
-            f"fill the cache of every node (hf download {repo} --revision {revision}), unset "
-            f"HF_HUB_OFFLINE, {_ELSEWHERE}",
+            f"fill the cache of every node ({command}), unset HF_HUB_OFFLINE, {elsewhere}",
         )
     return model_error(
         f"{endpoint} cannot be reached ({type(error).__name__}), and the cache {cache_folder()} "
         f"lacks files of '{repo}'",
-        f"check this node's network and proxy (HTTPS_PROXY, HF_ENDPOINT), {_ELSEWHERE}",
+        f"check this node's network and proxy (HTTPS_PROXY, HF_ENDPOINT), {elsewhere}",
     )

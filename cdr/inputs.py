@@ -59,6 +59,13 @@ def read_candidates(
     with reading(source):
         if rows.isEmpty():
             raise InputError("the input has no rows", where=source.place)
+    return make_candidates(rows, source, domains=domains)
+
+
+def make_candidates(
+    rows: DataFrame, source: InputSpec, *, domains: Sequence[str] | None = None
+) -> DataFrame:
+    """Turn rows that were read, and hold the mapped columns, into candidates; as above."""
     return _validate(_to_candidates(rows, source), domains)
 
 

@@ -93,10 +93,6 @@ class AnnotationPlan:
         """Hash of the rule that chooses pairs."""
         return self.config.pairs.key()
 
-    def config_hash(self) -> str:
-        """Hash of the resolved config."""
-        return content_hash(self.config.model_dump(mode="json"))
-
     def term_views(self) -> dict[str, tuple[str, Condition]]:
         """Give each term's (model key, condition) by its name `model/condition`."""
         return {

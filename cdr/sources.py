@@ -149,6 +149,7 @@ def check_columns(
     where: str,
     *,
     fix: str | None = None,
+    example: str = "completion=response",
 ) -> None:
     """Refuse rows that lack a column or hold another type in it, naming all such columns.
 
@@ -159,6 +160,7 @@ def check_columns(
         expected: columns and what they must hold; a name that is None is not mapped.
         where: the input, for the message.
         fix: what to do about a wrong type, where it is known.
+        example: how a name may be mapped, where one is missing.
 
     Raises:
         InputError: a column is missing or of another type.
@@ -169,7 +171,7 @@ def check_columns(
         raise InputError(
             f"the input lacks the columns {missing}; it has {rows.columns}",
             where=where,
-            fix="map your names, for example --set input.columns.completion=response",
+            fix=f"map your names, for example --set input.columns.{example}",
         )
     found = [(name, rows.schema[name].dataType, kind) for name, kind in named]
     wrong = [

@@ -216,7 +216,7 @@ RUNS = Table(
     ("run_id",),
     (
         ("run_id", "string", "Identifier of the run"),
-        ("job", "string", "annotate, generate, ..."),
+        ("job", "string", "annotate, generate, evaluate, ..."),
         ("dataset", "string", "Name of the set of completions"),
         ("reward_name", "string", "Name of the reward configuration"),
         ("reward_key", "string", "Hash of all that decides the reward's numbers"),
@@ -254,8 +254,61 @@ COMPLETIONS = Table(
     ("dataset",),
 )
 
+BENCHMARK_PAIRS = Table(
+    "benchmark_pairs",
+    "labelled pair × reward × benchmark",
+    ("dataset", "reward_key", "pair_id"),
+    (
+        ("dataset", "string", "Name of the benchmark"),
+        ("reward_key", "string", "Hash of all that decides the reward's numbers, domains included"),
+        ("pair_id", "string", "Subset and id of the input, or derived from the pair's content"),
+        ("reward_name", "string", "Name of the reward configuration, or of its row in a table"),
+        ("section", "string", "Section of the benchmark; `unknown` where it has none"),
+        ("subset", "string", "Subset in the section"),
+        ("prompt_hash", "string", "sha256 hex of the prompt's messages; null when left out"),
+        ("domain", "string", "Domain whose instruction conditioned the prompt; null: none"),
+        ("domain_source", "string", "router, column, fixed, fallback or none"),
+        ("chosen_reward", "double", "Reward of the chosen answer, nats; null: not scored"),
+        ("rejected_reward", "double", "Reward of the rejected answer, nats; null: not scored"),
+        ("margin", "double", "chosen_reward − rejected_reward, nats; null unless status is ok"),
+        ("outcome", "string", "win (margin > 0), tie or loss; null unless status is ok"),
+        ("chosen_num_tokens", "int", "Tokens of the chosen answer, of the first term's model"),
+        ("rejected_num_tokens", "int", "Tokens of the rejected answer, likewise"),
+        ("status", "string", "ok, rejected (for good) or failed (tried again by the next run)"),
+        ("reason", "string", "Why the pair is left out; null when ok"),
+        ("run_id", "string", "Run that wrote the row"),
+    ),
+    ("dataset", "reward_key"),
+)
+
+BENCHMARK_RESULTS = Table(
+    "benchmark_results",
+    "score × reward × benchmark",
+    ("dataset", "reward_key", "level", "section", "name"),
+    (
+        ("dataset", "string", "Name of the benchmark"),
+        ("reward_key", "string", "Hash of all that decides the reward's numbers, domains included"),
+        ("level", "string", "subset, section, overall, domain, length or length_prior"),
+        ("section", "string", "Section of the subset; `all` for scores over sections"),
+        ("name", "string", "What is scored: a subset, section, kind of mean, domain or length"),
+        ("reward_name", "string", "Name of the reward configuration, or of its row in a table"),
+        ("accuracy", "double", "Share of wins, weighted over subsets, 0 to 1; null: absent"),
+        ("ci_low", "double", "Lower bound of its 95 % interval; null: absent"),
+        ("ci_high", "double", "Upper bound of its 95 % interval; null: absent"),
+        ("weight", "double", "Weight in its section's score; null: not a subset"),
+        ("pairs", "bigint", "Pairs that were judged"),
+        ("wins", "bigint", "Pairs whose chosen answer has the strictly higher reward"),
+        ("ties", "bigint", "Pairs with equal rewards; they count as losses"),
+        ("left_out", "bigint", "Pairs rejected or failed"),
+        ("longer_wins", "double", "Accuracy of `the longer answer is better`, weighted alike"),
+        ("run_id", "string", "Run that wrote the row"),
+    ),
+    ("dataset", "reward_key"),
+)
+
 TABLES: tuple[Table, ...] = (
-    COMPLETIONS, ROUTES, LOGPROBS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS
+    COMPLETIONS, ROUTES, LOGPROBS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS, BENCHMARK_PAIRS,
+    BENCHMARK_RESULTS,
 )  # fmt: skip
 
 

@@ -14,20 +14,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cdr.annotation import AnnotationRun, make_context
+from cdr.annotation import AnnotationRun
 from cdr.cli import OK, end, make_wave_parser, overrides, run_job
 from cdr.config import load_annotate_config
-from cdr.forecast import assume_routes, forecast
 from cdr.placement import place
 from cdr.plan import AnnotationPlan, plan_annotation
-from cdr.routing import give_domains, plan_routing, route_wave
-from cdr.scoring import plan_waves, plan_work, score_wave
+from cdr.scoring_run import make_context
 from cdr.session import get_session
-from cdr.stages import encode, group_prompts, load_candidates, pair, reject, reward
+from cdr.stages import load_candidates, pair
 from cdr.warehouse import Warehouse
-from udfs.encode import ENCODED_DDL, make_encode
-from udfs.route import make_route
-from udfs.score import make_score
+from jobs.scoring import forecast_candidates, score_candidates
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,21 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def annotate(plan: AnnotationPlan, warehouse: Warehouse) -> int:
     """Carry a plan out."""
     with AnnotationRun(plan, warehouse) as run:
-        context = run.context
-        candidates = load_candidates(context)
-        prompts = group_prompts(candidates)
-        routing = plan_routing(prompts, context)
-        for buckets in run.routing_waves(routing):
-            run.routed(route_wave(buckets, routing, context, make_route, run.counter))
-        routed = give_domains(prompts, routing, context)
-        encoded = encode(routed, context, make_encode(plan.encoding), ENCODED_DDL)
-        work = plan_work(encoded, context)
-        for wave in run.scoring_waves(plan_waves(work, context), work):
-            run.scored(score_wave(wave, work, context, make_score, run.counter))
-        rewards = reward(candidates, routed, encoded, run.failures(), context)
-        rejects = reject(candidates, encoded, context)
-        pairs, unpaired = pair(rewards, context, run.mlflow_run_id)
-        run.finish(rewards, rejects, pairs, unpaired, work)
+        scored = score_candidates(load_candidates(run.context), run)
+        pairs, unpaired = pair(scored.rewards, run.context, run.mlflow_run_id)
+        run.finish(scored.rewards, scored.rejects, pairs, unpaired, scored.work)
     return run.exit_code
 
 
@@ -89,10 +73,7 @@ def dry_run(plan: AnnotationPlan, warehouse: Warehouse) -> int:
     """Say what a run would do."""
     context = make_context(plan, warehouse)
     with context.staging:
-        candidates = load_candidates(context)
-        routed = assume_routes(group_prompts(candidates), context)
-        encoded = encode(routed, context, make_encode(plan.encoding), ENCODED_DDL)
-        print(forecast(candidates, routed, plan_work(encoded, context), context))
+        print(forecast_candidates(load_candidates(context), context))
     return OK
 
 

@@ -26,7 +26,7 @@ from cdr.dpo_data import (
     read_pairs,
     split_pairs,
 )
-from cdr.dpo_report import HeldOutPair, compute_wilson_interval, describe_command, summarize
+from cdr.dpo_report import HeldOutPair, describe_command, summarize
 from cdr.errors import ConfigError, InputError, RejectReason, RowRejected
 
 
@@ -258,12 +258,6 @@ def test_accuracy_is_strict_and_per_section() -> None:
     assert result["B"]["longer_wins"] == 1.0
     assert result["All"]["n"] == 3
     assert result["All"]["accuracy_sum"] == pytest.approx(2 / 3)
-
-
-def test_wilson_interval() -> None:
-    # 8 of 10, z = 1.96: centre (0.8 + 3.8415/20) / (1 + 0.38415) = 0.7167, spread 0.2266
-    assert compute_wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert compute_wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def test_command_in_the_card_names_no_place_of_this_machine(

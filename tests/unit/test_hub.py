@@ -28,6 +28,8 @@ FILES = {
     "consolidated.safetensors": b"again" * 1000,
     "pytorch_model.bin": b"pickle",
     "onnx/config.json": b"{}",
+    "data/filtered-00000-of-00001.parquet": b"PAR1 pairs",
+    "data/raw-00000-of-00001.parquet": b"PAR1 more pairs",
 }
 
 
@@ -45,7 +47,7 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         self.asked.append(path)
-        name = path.removeprefix("/api/models")
+        name = path.removeprefix("/api/models").removeprefix("/api").removeprefix("/datasets")
         repo, revision = "/".join(name.split("/")[1:3]), path.split("/")[-1]
         if repo == "acme/gated" and "resolve" in path:
             is_known = "Authorization" in self.headers
@@ -175,6 +177,32 @@ def test_each_refusal_says_what_to_do(
     assert what in answer["error"]
     assert fix in answer["error"]
     assert "hf_secret" not in answer["error"]
+
+
+def test_only_the_asked_split_of_a_data_set_comes(
+    hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    program = (
+        "import sys\n"
+        "from cdr.errors import CdrError\n"
+        "from cdr.hub import download_split\n"
+        "try:\n"
+        "    print([file.name for file in download_split(*sys.argv[1:])])\n"
+        "except CdrError as error:\n"
+        "    print(error)\n"
+    )
+
+    def download(repo: str, split: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", program, repo, COMMIT, split],
+            env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub[0], "HF_TOKEN": ""},
+            capture_output=True, text=True, timeout=100, check=True,
+        ).stdout  # fmt: skip
+
+    assert download("acme/model", "filtered") == "['filtered-00000-of-00001.parquet']\n"
+    assert not any("raw-0" in path for path in hub[1] if "resolve" in path)
+    assert "has no Parquet files of the split 'test'" in download("acme/model", "test")
+    assert "there is no data set 'acme/none'" in download("acme/none", "filtered")
 
 
 def test_a_hub_that_cannot_be_reached_is_told_from_one_that_refuses(tmp_path: Path) -> None:

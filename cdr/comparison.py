@@ -1,0 +1,216 @@
+"""Two rewards on one benchmark by their stored pairs; a router and its oracle; rows of a table.
+
+Compared are the pairs that both rewards judged. Differences are B − A, weighted as the scores are,
+with a paired bootstrap interval; McNemar's exact test counts the pairs that only one of them wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from cdr.accuracy import Difference, PairedTally, compare_accuracies
+from cdr.benchmark_report import ALL_PAIRS, JUDGED_COLUMNS, MEAN_OF_SECTIONS, Report
+from cdr.errors import InputError
+from cdr.rewardbench import PRIOR_SETS, mean_of_sections, weight_of
+from cdr.tables import BENCHMARK_PAIRS
+from cdr.warehouse import Warehouse
+
+Judged = pd.DataFrame
+
+
+def load_judged(warehouse: Warehouse, dataset: str, reward: str) -> Judged:
+    """Read the stored pairs of one reward.
+
+    Args:
+        warehouse: where the tables are.
+        dataset: the benchmark's name.
+        reward: name of the reward or row, its latest evaluation; or the beginning of a reward key.
+
+    Returns:
+        `JUDGED_COLUMNS`, one row per pair.
+
+    Raises:
+        InputError: the reward has not been evaluated on this benchmark.
+    """
+    rows = warehouse.read(BENCHMARK_PAIRS).where(F.col("dataset") == dataset)
+    # One row per evaluation.
+    known = rows.groupBy("reward_key", "reward_name").agg(F.max("run_id").alias("run_id")).collect()
+    fits = [row for row in known if reward == row["reward_name"]] or [
+        row for row in known if row["reward_key"].startswith(reward)
+    ]
+    if not fits:
+        names = ", ".join(sorted({row["reward_name"] for row in known})) or "none"
+        raise InputError(
+            f"no stored pairs of a reward '{reward}' on the benchmark '{dataset}'",
+            where=warehouse.place(BENCHMARK_PAIRS),
+            fix=f"evaluate it first; evaluated here: {names}",
+        )
+    latest = max(fits, key=lambda row: row["run_id"])
+    # A benchmark has thousands of pairs; their texts are not read.
+    return collect_judged(rows.where(F.col("reward_key") == latest["reward_key"]))
+
+
+def collect_judged(rows: DataFrame) -> Judged:
+    """Bring judged pairs to the driver, numbers and names only, in the order of their ids."""
+    found: Judged = rows.select(*JUDGED_COLUMNS).toPandas()
+    return found.sort_values("pair_id", ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rewards on the pairs that both judged.
+
+    Args:
+        names: of A and B.
+        differences: by section, then over the sections; B − A.
+        unpaired: pairs that only one of them judged.
+    """
+
+    names: tuple[str, str]
+    differences: Mapping[str, Difference]
+    unpaired: int
+
+    def render(self) -> str:
+        """Write the numbers for a terminal; in percent, McNemar's p aside."""
+        lines = [
+            f"A = {self.names[0]}",
+            f"B = {self.names[1]}",
+            f"{'B − A, points':<20}{'pairs':>7}{'A':>8}{'B':>8}{'B − A':>8}{'95 % CI':>15}"
+            f"{'only A':>8}{'only B':>8}{'McNemar p':>11}",
+        ]
+        for name, found in self.differences.items():
+            low, high = found.interval
+            lines.append(
+                f"{name:<20}{found.paired.total:>7,}{_percent(found.a):>8}{_percent(found.b):>8}"
+                f"{100 * found.value:>+8.1f}{f'{100 * low:+.1f} to {100 * high:+.1f}':>15}"
+                f"{found.paired.only_a:>8,}{found.paired.only_b:>8,}{found.p:>11.3g}"
+            )
+        if self.unpaired:
+            lines.append(f"not compared, as only one reward has a verdict: {self.unpaired:,}")
+        return "\n".join(lines)
+
+
+def compare_judged(
+    a: Judged, b: Judged, names: tuple[str, str], *, sections: Sequence[str], resamples: int,
+    seed: int,
+) -> Comparison:  # fmt: skip
+    """Compare two rewards pair by pair.
+
+    Args:
+        a: `JUDGED_COLUMNS` of the first, one row per pair of the benchmark.
+        b: the same of the second.
+        names: of both.
+        sections: the benchmark's, in order.
+        resamples: of the bootstrap.
+        seed: of its draws.
+
+    Raises:
+        InputError: no pair has a verdict by both.
+    """
+    ok_a, ok_b = (rows[rows["status"] == "ok"] for rows in (a, b))
+    both = ok_a.merge(ok_b[["pair_id", "margin"]], on="pair_id", suffixes=("_a", "_b"))
+    if both.empty:
+        raise InputError(
+            f"no pair was judged by both '{names[0]}' and '{names[1]}'",
+            fix="evaluate both on the same pairs",
+        )
+    parts: dict[str, list[tuple[PairedTally, float]]] = {}
+    for section in sections:
+        rows = both[both["section"] == section]
+        parts[section] = [
+            (_tally(group), weight_of(section, str(name), len(group)))
+            for name, group in rows.groupby("subset", sort=True)
+        ]
+    groups = {section: found for section, found in parts.items() if found}
+    overall = mean_of_sections(parts, [s for s in sections if s != PRIOR_SETS])
+    if overall is not None:
+        groups[MEAN_OF_SECTIONS] = overall
+    groups[ALL_PAIRS] = [(_tally(both), 1.0)]
+    return Comparison(
+        names,
+        {
+            name: compare_accuracies(found, resamples=resamples, seed=seed)
+            for name, found in groups.items()
+        },
+        len(ok_a) + len(ok_b) - 2 * len(both),
+    )
+
+
+def _tally(rows: pd.DataFrame) -> PairedTally:
+    return PairedTally.of((rows["margin_a"] > 0).to_numpy(), (rows["margin_b"] > 0).to_numpy())
+
+
+def audit_router(
+    router: Judged, report: Report, oracle: Mapping[str, str], lost: Comparison | None
+) -> str:
+    """Say how often the router chose a section's domain, and what its mistakes cost.
+
+    Args:
+        router: `JUDGED_COLUMNS` of the reward with its router.
+        report: of the same.
+        oracle: the right domain by section.
+        lost: the router (A) against the true domains in its place (B); None: not evaluated.
+    """
+    ok = router[router["status"] == "ok"]
+    right = ok["domain"] == ok["section"].map(dict(oracle))
+    lines = [
+        "router audit",
+        f"{'section':<18}{'right domain':>14}{'routed there':>14}   routed elsewhere",
+    ]
+    for section, row in report.routed.items():
+        domain = oracle.get(section)
+        total = sum(row.values())
+        others = ", ".join(f"{name} {count:,}" for name, count in row.items() if name != domain)
+        share = _percent(row.get(str(domain), 0) / total) if domain else "-"
+        lines.append(f"{section:<18}{domain or '-':>14}{share:>14}   {others or '0'}")
+    lines.append(f"{'all':<18}{'':>14}{_percent(float(right.mean())):>14}")
+    if lost is None:
+        lines.append("what its mistakes cost: run with --audit-router")
+        return "\n".join(lines)
+    return "\n".join([*lines, "", "accuracy lost against the oracle:", lost.render()])
+
+
+def render_rows(
+    rows: Sequence[tuple[str, Report, Mapping[str, float]]], sections: Sequence[str]
+) -> str:
+    """Write a table of rows, in percent; published scores stand in brackets.
+
+    Args:
+        rows: title, report, and published scores by section and `Overall`.
+        sections: the columns; those that no row has are left out.
+    """
+    shown = [s for s in sections if any(_at(report, s) is not None for _, report, _ in rows)]
+    columns = [*shown, "Overall"]
+    width = max(len("row"), *(len(title) for title, _, _ in rows)) + 2
+    has_printed = any(printed for _, _, printed in rows)
+    lines = [f"{'row':<{width}}" + "".join(f"{column:>15}" for column in columns)]
+    for title, report, printed in rows:
+        cells = []
+        for column in columns:
+            cell = _percent(_at(report, column))
+            if has_printed:
+                cell += f" ({printed[column]:.1f})" if column in printed else " (-)"
+            cells.append(f"{cell:>15}")
+        lines.append(f"{title:<{width}}" + "".join(cells))
+    lines.append("Overall is the mean of sections; -: absent")
+    if has_printed:
+        lines.append("in brackets: as published")
+    return "\n".join(lines)
+
+
+def _at(report: Report, column: str) -> float | None:
+    score = (
+        report.get("overall", MEAN_OF_SECTIONS)
+        if column == "Overall"
+        else report.get("section", column)
+    )
+    return None if score is None else score.accuracy
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"

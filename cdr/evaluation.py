@@ -1,0 +1,197 @@
+"""The life of an evaluation of one reward: its report, its tables, its MLflow run.
+
+`jobs/evaluate.py` holds the recipe; this holds what surrounds it (`cdr.scoring_run`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyspark.sql import DataFrame
+
+from cdr.benchmark_plots import draw_report
+from cdr.benchmark_report import Report, score_pairs
+from cdr.comparison import (
+    Comparison,
+    Judged,
+    audit_router,
+    collect_judged,
+    compare_judged,
+    render_rows,
+)
+from cdr.evaluation_config import EvaluateConfig
+from cdr.evaluation_plan import EvaluationPlan
+from cdr.job_run import Share
+from cdr.reward_config import RewardSpec
+from cdr.scoring import Work
+from cdr.scoring_run import ScoringRun
+from cdr.tables import BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REJECTS, REWARDS, ROUTES
+from cdr.warehouse import Warehouse
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One reward on the benchmark.
+
+    Args:
+        plan: what was asked.
+        judged: `JUDGED_COLUMNS`, one row per pair.
+        report: what came out.
+    """
+
+    plan: EvaluationPlan
+    judged: Judged
+    report: Report
+
+
+class EvaluationRun(ScoringRun):
+    """One evaluation, used as a context manager.
+
+    Args:
+        plan: the checked plan.
+        warehouse: where the tables are.
+    """
+
+    def __init__(self, plan: EvaluationPlan, warehouse: Warehouse) -> None:
+        super().__init__(
+            plan.annotation,
+            warehouse,
+            job="evaluate",
+            reads="labelled_pairs",
+            config=plan.recorded(),
+            tags={"cdr.row": plan.name},
+        )
+        self._evaluation = plan
+
+    def finish(self, pairs: DataFrame, work: Work) -> Evaluated:
+        """Score the judged pairs, write, print and record it, and decide the exit code.
+
+        Args:
+            pairs: from `cdr.labelled_pairs.judge_pairs`.
+            work: what was asked of the models.
+        """
+        plan, config = self._evaluation, self._evaluation.config
+        judged = collect_judged(pairs)
+        report = score_pairs(
+            judged,
+            config.sections_in_use(),
+            resamples=config.statistics.resamples,
+            seed=config.statistics.seed,
+        )
+        self._write(report)
+        shares = [
+            Share("pairs", status, float((judged["status"] == status).mean()), limit)
+            for status, limit in (
+                ("rejected", self._spec.max_rejected_fraction),
+                ("failed", self._spec.max_failed_fraction),
+            )
+        ]
+        now, failed = self._counts["logprobs_scored"], self._counts["logprobs_failed"]
+        scoring = {
+            "logprobs_asked": work.asked,
+            "logprobs_scored": now,
+            "tokens": work.tokens,
+        }
+        self._conclude(shares, {**report.counts(), **scoring})
+        spent_s = {
+            "scoring_s": self._spent_s["scoring"],
+            "wall_s": time.monotonic() - self._started,
+        }
+        self._tracker.log_summary({**report.metrics(), **scoring, **spent_s})
+        title = f"{plan.title} on {plan.annotation.dataset}"
+        if self.mlflow_run_id is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                for file in draw_report(report, title, Path(folder)):
+                    self._tracker.log_file(file)
+        self._log_outputs((ROUTES, LOGPROBS, REWARDS, REJECTS, BENCHMARK_PAIRS, BENCHMARK_RESULTS))
+        reused = work.asked - now - failed
+        print(
+            f"\n{title}: {report.judged:,} of {report.pairs:,} pairs judged\n"
+            f"log-probs: {work.asked:,} asked, {reused:,} were in the store, "
+            f"{now:,} scored in {spent_s['scoring_s']:.0f} s, {failed:,} failed\n\n"
+            f"{report.render()}\n"
+        )
+        for warning in report.warnings():
+            print(f"warning: {warning}")
+        self._warn_of_mixed_versions()
+        if command := self._tracker.ui_command():
+            print(f"figures: {command}")
+        return Evaluated(plan, judged, report)
+
+    def _write(self, report: Report) -> None:
+        plan = self._plan
+        stamps = {
+            "dataset": plan.dataset,
+            "reward_key": plan.reward_key,
+            "reward_name": plan.config.reward.name,
+            "run_id": self.context.run_id,
+        }
+        names = BENCHMARK_RESULTS.names()
+        rows = [{**score.as_row(), **stamps} for score in report.scores]
+        frame = self._warehouse.spark.createDataFrame(
+            [tuple(row[name] for name in names) for row in rows], BENCHMARK_RESULTS.schema()
+        )
+        self._warehouse.replace(
+            BENCHMARK_RESULTS, frame, dataset=plan.dataset, reward_key=plan.reward_key
+        )
+
+
+def compare_evaluated(a: Evaluated, b: Evaluated) -> Comparison:
+    """Compare two rewards of one job pair by pair."""
+    return compare_rewards(a.judged, b.judged, (a.plan.title, b.plan.title), config=a.plan.config)
+
+
+def compare_rewards(
+    a: Judged, b: Judged, names: tuple[str, str], *, config: EvaluateConfig
+) -> Comparison:
+    """Compare two rewards pair by pair, with the config's sections and draws."""
+    return compare_judged(
+        a,
+        b,
+        names,
+        sections=config.sections_in_use(),
+        resamples=config.statistics.resamples,
+        seed=config.statistics.seed,
+    )
+
+
+def summarize_rows(done: list[Evaluated]) -> str:
+    """Write what several rewards of one job say together: table, differences, router audits.
+
+    Args:
+        done: the evaluated rows, in order; at least one.
+    """
+    blocks = []
+    if len(done) > 1:
+        rows = [(row.plan.title, row.report, row.plan.printed) for row in done]
+        blocks.append(render_rows(rows, done[0].plan.config.sections_in_use()))
+        blocks += [compare_evaluated(done[0], row).render() for row in done[1:]]
+    for row in done:
+        if row.plan.annotation.config.reward.routing.mode == "adaptive":
+            oracle = _oracle_of(row, done)
+            lost = None if oracle is None else compare_evaluated(row, oracle)
+            blocks.append(audit_router(row.judged, row.report, row.plan.oracle, lost))
+    return "\n\n".join(blocks)
+
+
+def _oracle_of(router: Evaluated, done: list[Evaluated]) -> Evaluated | None:
+    """Find the row that is a router's reward with the true domains in the router's place."""
+
+    def rest(reward: RewardSpec) -> object:
+        # The router's model, threshold and fallback are not used with a column.
+        return reward.model_dump(mode="json", exclude={"name", "description", "routing"})
+
+    wanted = rest(router.plan.annotation.config.reward)
+    return next(
+        (
+            row
+            for row in done
+            if row.plan.annotation.config.reward.routing.mode == "column"
+            and rest(row.plan.annotation.config.reward) == wanted
+            and row.plan.oracle == router.plan.oracle
+        ),
+        None,
+    )

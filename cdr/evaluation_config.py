@@ -1,0 +1,204 @@
+"""What an evaluation is asked to do: labelled pairs, one reward or rows of variants, where to.
+
+    conf/evaluate/*.yaml      one reward on one benchmark
+    conf/benchmark/*.yaml     a table: rows of variants of a reward on one benchmark
+
+A row changes keys of the file's reward and takes the rest as it is, so a table reads as what its
+rows differ in. Checked as a whole before Spark starts, as all configs are (`cdr.config`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from cdr.config import RunSpec, SourceSpec, TrackingSpec
+from cdr.config_files import MayBeFile, Spec, load_config
+from cdr.reward_config import Domain, RewardSpec, is_hub_id
+from cdr.rewardbench import CHAT, CHAT_HARD, PRIOR_SETS, REASONING, SAFETY, SECTIONS
+
+ONE_SECTION = "All"
+"""The one section of a table that has neither sections nor subsets."""
+
+RowName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._\-]*$")]
+
+
+class PairColumnsSpec(Spec):
+    """Names of the input's columns. None: the input has no such column."""
+
+    prompt: str = Field("prompt", description="Text, or messages: an array of role and content.")
+    chosen: str = Field("chosen", description="The better answer: text, or one assistant message.")
+    rejected: str = Field("rejected", description="The worse answer, likewise.")
+    id: str | None = Field(
+        None, description="The pair's id, unique within its subset. None: derived from the content."
+    )
+    subset: str | None = Field(
+        None, description="Subset; RewardBench's names bring its weights. None: the section."
+    )
+    section: str | None = Field(
+        None, description="Section, or a domain of yours. None: RewardBench's, by the subset."
+    )
+    domain: str | None = Field(
+        None, description="Domain for routing.mode `column`. None: the section's, by `oracle`."
+    )
+
+
+class PairsInputSpec(SourceSpec):
+    """Labelled pairs: a file, a table, or a data set of the hub (then `path` is its id)."""
+
+    revision: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{40}$",
+        description="Commit hash of a hub data set: 40 hex digits, quoted. None: no hub id.",
+    )
+    split: str = Field("filtered", description="Split of the hub data set.")
+    columns: PairColumnsSpec = PairColumnsSpec()
+
+    @model_validator(mode="after")
+    def _hub(self) -> Self:
+        if self.revision is None:
+            return self
+        problems = []
+        if self.path is None or not is_hub_id(self.path):
+            problems.append(f"revision: only a hub id has one, got path {self.place!r}")
+        if self.format != "parquet":
+            problems.append(f"format: a hub data set is read as 'parquet', got '{self.format}'")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class RowSpec(Spec):
+    """One row of a table: what differs from the file's reward."""
+
+    title: str = Field("", description="How the table names it; empty: the row's key.")
+    change: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys of the reward with other values, nested as in its file; `null` takes a "
+        "value away.",
+    )
+    oracle: dict[str, Domain] | None = Field(
+        None, description="Domain by section for routing.mode `column`. None: the file's."
+    )
+    printed: dict[str, float] = Field(
+        default_factory=dict,
+        description="Published scores in percent by section and `Overall`, to print beside.",
+    )
+
+
+class StatisticsSpec(Spec):
+    """How sure the numbers are."""
+
+    resamples: int = Field(10_000, ge=100, description="Draws of the bootstrap.")
+    seed: int = Field(0, description="Seed of its draws.")
+
+
+class QuickSpec(Spec):
+    """The sample of `--quick`."""
+
+    pairs: int = Field(
+        200, ge=4, description="Pairs, in equal shares of sections and of the subsets in them."
+    )
+    seed: int = Field(0, description="Seed of the choice.")
+
+
+class EvaluateTrackingSpec(TrackingSpec):
+    """Where MLflow keeps the run."""
+
+    experiment: str = Field("cdr-evaluate", description="MLflow experiment.")
+
+
+class EvaluateConfig(Spec):
+    """One evaluation: which labelled pairs, which reward or rows of rewards, where to."""
+
+    dataset: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$",
+        description="Name of the benchmark in all tables.",
+    )
+    warehouse: str = Field(description="Folder (or URI) of the tables.")
+    tables: dict[str, str] = Field(
+        default_factory=dict, description="Other places per table: a path, or a catalog name."
+    )
+    input: PairsInputSpec
+    reward: Annotated[RewardSpec, MayBeFile()]
+    rows: dict[RowName, RowSpec] = Field(
+        default_factory=dict, description="Variants of the reward. Empty: the reward as it is."
+    )
+    sections: tuple[str, ...] = Field(
+        (*SECTIONS, PRIOR_SETS),
+        description="Sections there may be; pairs of others are refused. The overall score is the "
+        "mean of these (Prior Sets aside), and absent where one is.",
+    )
+    oracle: dict[str, Domain] = Field(
+        default_factory=lambda: {
+            CHAT: "chat", CHAT_HARD: "chat", SAFETY: "safety", REASONING: "math_code",
+            PRIOR_SETS: "chat",
+        },
+        description="The right domain by section: for routing.mode `column`, and to audit the "
+        "router.",
+    )  # fmt: skip
+    statistics: StatisticsSpec = StatisticsSpec()
+    quick: QuickSpec = QuickSpec()
+    run: RunSpec = RunSpec()
+    tracking: EvaluateTrackingSpec = EvaluateTrackingSpec()
+
+    @model_validator(mode="after")
+    def _rows_are_rewards(self) -> Self:
+        problems = []
+        for name, row in self.rows.items():
+            try:
+                self.reward_of(name)
+            except ValidationError as error:
+                problems += [
+                    f"rows.{name}.change.{'.'.join(map(str, item['loc']))}: {item['msg']}"
+                    for item in error.errors()
+                ]
+            known = {*self.sections, "Overall"}
+            problems += [
+                f"rows.{name}.{key}: unknown section {section!r}; known: {', '.join(known)}"
+                for key, given in (("oracle", row.oracle or {}), ("printed", row.printed))
+                for section in given
+                if section not in known
+            ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def row_names(self) -> list[str]:
+        """Name the rows; the reward itself is one where none is given."""
+        return list(self.rows) or [self.reward.name]
+
+    def reward_of(self, name: str) -> RewardSpec:
+        """Give a row's reward, which has the row's name.
+
+        Raises:
+            ValidationError: the row's changes do not make a reward.
+        """
+        row = self.rows.get(name)
+        if row is None:
+            return self.reward
+        given = self.reward.model_dump(mode="json", exclude_unset=True)
+        return RewardSpec.model_validate(_merge(given, {"name": name, **row.change}))
+
+    def sections_in_use(self) -> tuple[str, ...]:
+        """Give the sections; one for all pairs where the input has no such column."""
+        columns = self.input.columns
+        return self.sections if columns.section or columns.subset else (ONE_SECTION,)
+
+
+def load_evaluate_config(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
+    """Read an evaluate YAML with everything it names; see `cdr.config_files.load_config`."""
+    return load_config(EvaluateConfig, path, overrides)
+
+
+def _merge(tree: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Put changes into a tree; mappings are merged, anything else takes the old value's place."""
+    merged = dict(tree)
+    for key, value in change.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,294 @@
+"""Labelled pairs as candidates, and candidates' rewards as judged pairs.
+
+    labelled pairs -> load_pairs -> split_pairs -> (the stages of annotating) -> judge_pairs
+
+Every row of the input comes back as one row of `benchmark_pairs`: won, tied or lost, or left out
+with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from cdr.errors import InputError, RejectReason
+from cdr.evaluation_config import ONE_SECTION, PairsInputSpec
+from cdr.evaluation_plan import CHOSEN, REJECTED, EvaluationPlan, Sample
+from cdr.hub import download_split
+from cdr.inputs import make_candidates, messages_column, optional_column, prompt_hash
+from cdr.rewardbench import SUBSETS
+from cdr.sources import (
+    IDENTIFIER,
+    PROMPT,
+    TEXT,
+    check_columns,
+    read_source,
+    reading,
+    refuse_mixed_json,
+)
+from cdr.stages import Context
+from cdr.tables import BENCHMARK_PAIRS
+
+_MAP = "map your sections, for example --set input.columns.section=topic, and list them in sections"
+
+
+def load_pairs(plan: EvaluationPlan, run: Context) -> DataFrame:
+    """Read the input once as one row per pair; a sample is taken here, of the pairs that fit.
+
+    Returns:
+        pair_id (unique), prompt (messages), chosen, rejected (texts), section, subset, domain, and
+        reason and detail (null for pairs that fit). Of a sample, pairs that do not fit are left to
+        the message that names them.
+
+    Raises:
+        InputError: the input is missing, unreadable, empty, lacks a column, or has no pair that
+            fits.
+    """
+    source = plan.config.input.model_copy(update={"version": run.input_version})
+    rows = read_pairs(run.warehouse.spark, source)
+    with reading(source):
+        pairs = run.staging.write("labelled", _named(_normalized(rows, plan)))
+    # One row per reason; null: the pairs that fit.
+    reasons = {row[0]: row[1] for row in pairs.groupBy("reason").count().collect()}
+    if not reasons:
+        raise InputError("the input has no rows", where=source.place)
+    unfit = ", ".join(
+        f"{name} {count:,}" for name, count in sorted(reasons.items(), key=str) if name
+    )
+    if None not in reasons:
+        raise InputError(f"no pair of the input fits: {unfit}", where=source.place, fix=_MAP)
+    if plan.sample is None:
+        return pairs
+    if unfit:
+        print(f"note: not in the sample, as they do not fit: {unfit}")
+    return run.staging.write("pairs", _draw(pairs.where("reason IS NULL"), plan.sample))
+
+
+def read_pairs(spark: SparkSession, source: PairsInputSpec) -> DataFrame:
+    """Read the input as it is; a data set of the hub through the driver, as benchmarks are small.
+
+    Raises:
+        InputError: it is missing, unreadable, or lacks a mapped column.
+        ModelError: the hub does not give it.
+    """
+    names = source.columns
+    mapped = [name for name in names.model_dump().values() if name is not None]
+    if source.revision is not None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        files = download_split(source.place, source.revision, source.split)
+        table = pa.concat_tables([parquet.read_table(file) for file in files])
+        present = [name for name in table.column_names if name in mapped]
+        rows = spark.createDataFrame(table.select(present).to_pandas())
+    else:
+        rows = read_source(spark, source)
+    check_columns(
+        rows,
+        [(names.prompt, PROMPT), (names.chosen, PROMPT), (names.rejected, PROMPT),
+         (names.id, IDENTIFIER), (names.subset, TEXT), (names.section, TEXT),
+         (names.domain, TEXT)],
+        source.place,
+        example="chosen=good",
+    )  # fmt: skip
+    refuse_mixed_json(spark, source, rows, [names.prompt, names.chosen, names.rejected])
+    return rows
+
+
+def _normalized(rows: DataFrame, plan: EvaluationPlan) -> DataFrame:
+    names = plan.config.input.columns
+    subset, section = optional_column(names.subset), optional_column(names.section)
+    if names.section is None and names.subset is None:
+        section = F.lit(ONE_SECTION)
+    elif names.section is None:
+        section = _look_up(subset, {name: found.section for name, found in SUBSETS.items()})
+    domain = optional_column(names.domain)
+    if names.domain is None:
+        domain = _look_up(section, plan.oracle)
+    known = section.isin(*plan.config.sections_in_use())
+    bad_section = section.isNull() | ~known
+    chosen, rejected = _answer(rows, names.chosen), _answer(rows, names.rejected)
+    is_no_answer = [
+        F.col(f"`{name}`").isNotNull() & text.isNull()
+        for name, text in ((names.chosen, chosen), (names.rejected, rejected))
+    ]
+    by_subset = names.section is None and names.subset is not None
+    rules: list[tuple[Column, RejectReason, str]] = [
+        (
+            bad_section,
+            RejectReason.UNKNOWN_SUBSET if by_subset else RejectReason.UNKNOWN_SECTION,
+            "the subset is none of RewardBench's"
+            if by_subset
+            else f"the section must be one of {', '.join(plan.config.sections_in_use())}",
+        ),
+        (
+            is_no_answer[0] | is_no_answer[1],
+            RejectReason.BAD_MESSAGES,
+            "an answer is text, or exactly one message of the assistant's",
+        ),
+        (chosen == rejected, RejectReason.EQUAL_COMPLETIONS, "chosen and rejected are equal"),
+    ]
+    return rows.select(
+        optional_column(names.id).cast("string").alias("given_id"),
+        messages_column(rows, names.prompt).alias("prompt"),
+        chosen.alias("chosen"),
+        rejected.alias("rejected"),
+        F.coalesce(section, F.lit("unknown")).alias("section"),
+        F.coalesce(subset, section, F.lit("unknown")).alias("subset"),
+        domain.cast("string").alias("domain"),
+        F.coalesce(*[F.when(rule, F.lit(reason.value)) for rule, reason, _ in rules]).alias(
+            "reason"
+        ),
+        F.coalesce(*[F.when(rule, F.lit(said)) for rule, _, said in rules]).alias("detail"),
+    )
+
+
+def _look_up(key: Column, values: Mapping[str, str]) -> Column:
+    if not values:
+        return F.lit(None).cast("string")
+    items = [F.lit(item) for pair in values.items() for item in pair]
+    return F.try_element_at(F.create_map(*items), key.cast("string"))
+
+
+def _answer(rows: DataFrame, name: str) -> Column:
+    """Give an answer's text; null where it is messages other than one of the assistant's."""
+    answer = F.col(f"`{name}`")
+    if isinstance(rows.schema[name].dataType, T.StringType):
+        return answer
+    only = F.get(answer, F.lit(0))
+    return F.when((F.size(answer) == 1) & (only["role"] == "assistant"), only["content"])
+
+
+def _named(rows: DataFrame) -> DataFrame:
+    """Give each pair an id of its own: RewardBench's ids are unique within a subset only."""
+    content = F.sha2(
+        F.concat_ws(
+            ":", prompt_hash(F.col("prompt")), F.sha2("chosen", 256), F.sha2("rejected", 256)
+        ),
+        256,
+    )
+    given = F.concat_ws("/", F.col("subset"), F.col("given_id"))
+    same = Window.partitionBy("base").orderBy("content", "section", "subset")
+    behind = F.when(F.col("nth") > 1, F.concat(F.lit("-"), F.col("nth").cast("string")))
+    return (
+        rows.withColumn("content", content)
+        .withColumn(
+            "base",
+            F.when(F.col("given_id").isNotNull(), given).otherwise(F.substring("content", 1, 32)),
+        )
+        .withColumn("nth", F.row_number().over(same))
+        .select(
+            F.concat("base", F.coalesce(behind, F.lit(""))).alias("pair_id"),
+            "prompt", "chosen", "rejected", "section", "subset", "domain", "reason", "detail",
+        )
+    )  # fmt: skip
+
+
+def _draw(pairs: DataFrame, sample: Sample) -> DataFrame:
+    """Take pairs by hash; for `quick`, sections and the subsets in them take turns."""
+    drawn = pairs.withColumn("_hash", F.sha2(F.concat_ws(":", F.lit(sample.seed), "pair_id"), 256))
+    order = [F.col("_hash")]
+    if sample.kind == "quick":
+        in_subset = Window.partitionBy("section", "subset").orderBy("_hash")
+        in_section = Window.partitionBy("section").orderBy("_turn", "_hash")
+        drawn = drawn.withColumn("_turn", F.row_number().over(in_subset))
+        drawn = drawn.withColumn("_turn", F.row_number().over(in_section))
+        order = [F.col("_turn"), *order]
+    return drawn.orderBy(*order).limit(sample.pairs).drop("_hash", "_turn")
+
+
+def split_pairs(pairs: DataFrame, run: Context) -> DataFrame:
+    """Make two candidates of each pair; those of a pair that does not fit have its reason.
+
+    Args:
+        pairs: from `load_pairs`.
+        run: the run; its plan is the pairs' annotate plan.
+
+    Returns:
+        The columns of `cdr.inputs.read_candidates`.
+    """
+    plan = run.plan
+    rows = pairs.select("pair_id", "prompt", "chosen", "rejected", "section", "subset", "domain")
+    candidates = make_candidates(rows, plan.config.input, domains=plan.given_domains)
+    unfit = pairs.where("reason IS NOT NULL").select(
+        F.col("pair_id").alias("prompt_id"),
+        F.col("reason").alias("_reason"),
+        F.col("detail").alias("_detail"),
+    )
+    joined = candidates.join(unfit, on="prompt_id", how="left")
+    marked = joined.withColumns(
+        {
+            "reason": F.coalesce("_reason", "reason"),
+            "detail": F.coalesce("_detail", "detail"),
+        }
+    )
+    return run.staging.write("candidates", marked.drop("_reason", "_detail"))
+
+
+def judge_pairs(
+    pairs: DataFrame, rewards: DataFrame, rejects: DataFrame, run: Context
+) -> DataFrame:
+    """Compare each pair's two rewards; replace this benchmark's rows of this reward.
+
+    Args:
+        pairs: from `load_pairs`.
+        rewards: from `cdr.stages.reward`.
+        rejects: from `cdr.stages.reject`.
+        run: the run.
+
+    Returns:
+        A read of the rows written to `benchmark_pairs`, one per pair.
+    """
+    plan, warehouse = run.plan, run.warehouse
+
+    def side(which: str, name: str) -> DataFrame:
+        columns = ("reward", "num_tokens", "status", "error")
+        return rewards.where(F.col("completion_id") == which).select(
+            F.col("prompt_id").alias("pair_id"),
+            *[F.col(column).alias(f"{name}_{column}") for column in columns],
+        )
+
+    prompts = rewards.groupBy(F.col("prompt_id").alias("pair_id")).agg(
+        F.first("prompt_hash").alias("prompt_hash"),
+        F.first("domain").alias("domain"),
+        F.first("domain_source").alias("domain_source"),
+    )
+    refused = rejects.groupBy(F.col("prompt_id").alias("pair_id")).agg(
+        F.min("reason").alias("refused")
+    )
+    joined = pairs.select("pair_id", "section", "subset")
+    for other in (prompts, side(CHOSEN, "chosen"), side(REJECTED, "rejected"), refused):
+        joined = joined.join(other, on="pair_id", how="left")
+    margin = F.col("chosen_reward") - F.col("rejected_reward")
+    status = (
+        F.when(F.col("refused").isNotNull(), "rejected")
+        .when(F.col("margin").isNotNull(), "ok")
+        .otherwise("failed")
+    )
+    ok = F.col("status") == "ok"
+    outcome = F.when(F.col("margin") > 0, "win").when(F.col("margin") == 0, "tie").otherwise("loss")
+    rows = (
+        joined.withColumn("margin", margin)
+        .withColumn("status", status)
+        .withColumns(
+            {
+                "margin": F.when(ok, F.col("margin")),
+                "outcome": F.when(ok, outcome),
+                "reason": F.when(
+                    ~ok,
+                    F.coalesce("refused", "chosen_error", "rejected_error", F.lit("not_scored")),
+                ),
+                "dataset": F.lit(plan.dataset),
+                "reward_key": F.lit(plan.reward_key),
+                "reward_name": F.lit(plan.config.reward.name),
+                "run_id": F.lit(run.run_id),
+            }
+        )
+    )
+    warehouse.replace(BENCHMARK_PAIRS, rows, dataset=plan.dataset, reward_key=plan.reward_key)
+    return warehouse.read(BENCHMARK_PAIRS).where(
+        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward_key)
+    )

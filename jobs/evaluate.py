@@ -1,0 +1,112 @@
+r"""Evaluate a reward on labelled pairs: RewardBench, or any table of prompt, chosen and rejected.
+
+    spark-submit --properties-file conf/cluster/local.conf \
+        jobs/evaluate.py --config conf/evaluate/demo.yaml
+
+Scores both answers of each pair through the same stages and the same store of log-probs as
+annotating does, and prints accuracies per section with intervals, what length alone would reach,
+and what was left out and why. Writes the Delta tables benchmark_results and benchmark_pairs, and an
+MLflow run with figures. A config with rows evaluates each of them and compares them. Run it again
+to go on after an interruption: only what is missing is scored.
+
+--quick answers one question before you annotate: does this pair of models see the difference?
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cdr.cli import FAILED, OK, STOPPED, end, make_wave_parser, overrides, run_job
+from cdr.comparison import load_judged
+from cdr.evaluation import Evaluated, EvaluationRun, compare_rewards, summarize_rows
+from cdr.evaluation_config import load_evaluate_config
+from cdr.evaluation_plan import EvaluationPlan, dataset_name, make_sample, plan_evaluation
+from cdr.labelled_pairs import judge_pairs, load_pairs, split_pairs
+from cdr.placement import place
+from cdr.scoring_run import make_context
+from cdr.session import get_session
+from cdr.warehouse import Warehouse
+from jobs.scoring import forecast_candidates, score_candidates
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_wave_parser(
+        __doc__,
+        config="evaluate YAML: a path or URI, see conf/evaluate/ and conf/benchmark/",
+        limit="pairs here; results go to the benchmark NAME.limit-N",
+        epilog="examples of --set:\n"
+        "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
+        "  --set reward.routing.mode=column                      the true domains, no router\n"
+        "  --set input.path=my.parquet --set input.format=parquet\n"
+        "  --set quick.pairs=400 --set statistics.seed=1\n"
+        "all keys: docs/reference/config.md; a walk through: docs/how-to/evaluate.md",
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="about 200 pairs, equal shares of the sections")
+    audit = "evaluate each reward with a router also with the true domains, and compare"
+    add("--audit-router", action="store_true", help=audit)
+    compare = "compare two rewards by the pairs stored by earlier runs; score nothing"
+    add("--compare", nargs=2, metavar=("A", "B"), help=compare)
+    add("--dry-run", action="store_true", help="count tokens, estimate the cost; load no model")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job; give its exit code."""
+    args = parse(arguments)
+    config = load_evaluate_config(args.config, overrides(args))
+    sample = make_sample(config, limit=args.limit, quick=args.quick)
+    plans = [] if args.compare else plan_evaluation(
+        config, sample=sample, with_oracle=args.audit_router
+    )  # fmt: skip
+    rewards = (plan.annotation.config.reward for plan in plans)
+    for warning in dict.fromkeys(text for reward in rewards for text in reward.warnings()):
+        print(f"warning: {warning}", file=sys.stderr)
+    spark = get_session("cdr evaluate", warehouse=config.warehouse)
+    warehouse = Warehouse(spark, config.warehouse, config.tables)
+    if args.compare:
+        a, b = (load_judged(warehouse, dataset_name(config, sample), r) for r in args.compare)
+        print(compare_rewards(a, b, tuple(args.compare), config=config).render())
+        return OK
+    placed = [replace(plan, annotation=place(plan.annotation, spark)) for plan in plans]
+    return dry_run(placed, warehouse) if args.dry_run else evaluate(placed, warehouse)
+
+
+def evaluate(plans: Sequence[EvaluationPlan], warehouse: Warehouse) -> int:
+    """Carry out the plans, one reward after the other, and compare them."""
+    done: list[Evaluated] = []
+    codes = []
+    for plan in plans:
+        with EvaluationRun(plan, warehouse) as run:
+            pairs = load_pairs(plan, run.context)
+            scored = score_candidates(split_pairs(pairs, run.context), run)
+            judged = judge_pairs(pairs, scored.rewards, scored.rejects, run.context)
+            done.append(run.finish(judged, scored.work))
+        codes.append(run.exit_code)
+        if run.exit_code in (FAILED, STOPPED):
+            return run.exit_code
+    print(summarize_rows(done))
+    return max(codes)
+
+
+def dry_run(plans: Sequence[EvaluationPlan], warehouse: Warehouse) -> int:
+    """Say what a run would do."""
+    for plan in plans:
+        context = make_context(plan.annotation, warehouse)
+        with context.staging:
+            candidates = split_pairs(load_pairs(plan, context), context)
+            print(f"{plan.title}: {forecast_candidates(candidates, context)}\n")
+    return OK
+
+
+def run() -> None:
+    """Run as a program: this script, the command `cdr-evaluate`, or a wheel task of Databricks."""
+    end(run_job(main))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,95 @@
+"""The evaluate job as users run it, on the demo's models and a few of its pairs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deltalake import DeltaTable
+from mlflow import MlflowClient
+
+from tests.e2e.conftest import ROOT
+
+
+def run(warehouse: Path, *arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).parent / "spark-submit"),
+            "--properties-file", str(ROOT / "conf/cluster/local.conf"),
+            str(ROOT / "jobs/evaluate.py"), "--config", str(ROOT / "conf/evaluate/demo.yaml"),
+            "--set", f"warehouse={warehouse}", *arguments,
+        ],
+        capture_output=True, text=True, timeout=800, cwd=warehouse.parent,
+        env={**os.environ, "PYSPARK_PYTHON": sys.executable},
+    )  # fmt: skip
+    return done.returncode, f"{done.stdout}\n{done.stderr}"
+
+
+def rows(warehouse: Path, table: str) -> list[dict[str, Any]]:
+    return DeltaTable(str(warehouse / table)).to_pyarrow_table().to_pylist()
+
+
+# MLflow's own mappers, when its database store is first imported.
+@pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
+def test_a_quick_evaluation_with_the_demo_models_and_a_comparison_of_what_it_stored(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert demo_model.exists()
+    for name in ("MLFLOW_TRACKING_URI", "DATABRICKS_RUNTIME_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+    warehouse = tmp_path / "warehouse"
+    code, output = run(warehouse, "--quick", "--set", "quick.pairs=8")
+    assert code == 0, output
+    pairs = rows(warehouse, "benchmark_pairs")
+    assert {row["dataset"] for row in pairs} == {"demo-pairs.quick-8"}
+    assert {row["status"] for row in pairs} == {"ok"}
+    for name in ("plain", "router", "oracle"):
+        ours = [row for row in pairs if row["reward_name"] == name]
+        assert Counter(row["section"] for row in ours) == dict.fromkeys(
+            ("Chat", "Chat Hard", "Safety", "Reasoning"), 2
+        )
+        (everything,) = (
+            row
+            for row in rows(warehouse, "benchmark_results")
+            if row["reward_name"] == name and row["name"] == "all pairs"
+        )
+        assert everything["wins"] == sum(row["outcome"] == "win" for row in ours)
+        assert everything["accuracy"] == everything["wins"] / 8
+    for text in ("longer wins", "router audit", "McNemar", "not above chance", "left out: 0"):
+        assert text in output
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{warehouse}/mlflow.db")
+    experiment = client.get_experiment_by_name("cdr-evaluate")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.data.tags["cdr.row"] for run in runs} == {"plain", "router", "oracle"}
+    for found in runs:
+        assert found.info.status == "FINISHED"
+        assert "accuracy/overall/mean of sections" in found.data.metrics
+        files = {file.path for file in client.list_artifacts(found.info.run_id)}
+        assert {"accuracy.png", "length.png", "summary.json", "config.yaml"} <= files
+        has_routing = found.data.tags["cdr.row"] != "plain"
+        assert ("routing.png" in files) == has_routing
+
+    scored = len(rows(warehouse, "logprobs"))
+    code, output = run(
+        warehouse, "--quick", "--set", "quick.pairs=8", "--compare", "plain", "oracle"
+    )
+    assert code == 0, output
+    assert "A = plain" in output
+    assert "mean of sections" in output
+    assert len(rows(warehouse, "logprobs")) == scored
+
+
+def test_help_teaches() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs/evaluate.py"), "--help"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    for word in ("spark-submit", "--quick", "--compare", "--audit-router", "exit codes", "--limit"):
+        assert word in done.stdout

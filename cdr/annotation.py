@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,15 @@ from pyspark.sql import functions as F
 from cdr.job_run import JobRun, Share, count_devices
 from cdr.plan import AnnotationPlan
 from cdr.progress import Counts
+from cdr.report.build import report_run
+from cdr.report.gather import RunRows
 from cdr.routing import RoutingResult, RoutingWork
 from cdr.runs import RunRecord, new_run_id
 from cdr.scoring import Wave, WaveResult, Work
 from cdr.sources import input_version
 from cdr.stages import Context
 from cdr.staging import Staging
-from cdr.summary import summarize
+from cdr.summary import Summary, summarize
 from cdr.tables import (
     LOGPROBS,
     PREFERENCES,
@@ -184,7 +187,29 @@ class AnnotationRun(JobRun):
                 f"engine: {', '.join(versions)}.\nSmall margins may come from that; see "
                 "logprobs.engine_version.\n"
             )
-        print(self._next_steps())
+        print(self._next_steps(self._report(rewards, rejects, pairs, summary)))
+
+    def _report(
+        self, rewards: DataFrame, rejects: DataFrame, pairs: DataFrame, summary: Summary
+    ) -> str | None:
+        """Build the report page; give its place, or None."""
+        if not self._plan.config.report.enabled:
+            return None
+        record = dataclasses.replace(
+            self._log.record,
+            outcome=self._outcome,
+            error=self._problem,
+            counts=self._counts,
+        )
+        return report_run(
+            RunRows(rewards, pairs, rejects),
+            self._warehouse,
+            self._plan,
+            record,
+            summary,
+            ui_command=self._tracker.ui_command(),
+            keep=lambda page: self._tracker.log_page(page, "report.html"),
+        )
 
     def _engine_versions(self) -> list[str]:
         """Give the engine versions behind the stored log-probs of the reward's models."""
@@ -193,8 +218,9 @@ class AnnotationRun(JobRun):
         # One row per version.
         return sorted(row[0] for row in rows.select("engine_version").distinct().collect())
 
-    def _next_steps(self) -> str:
-        lines = [
+    def _next_steps(self, report: str | None) -> str:
+        lines = [f"report: {report}", ""] if report else []
+        lines += [
             "next:",
             "  SELECT domain, count(*) AS pairs, round(avg(margin), 2) AS margin",
             f"  FROM {self._warehouse.sql_name(PREFERENCES)} "

@@ -218,8 +218,8 @@ class ReportData:
         config: the run's resolved config.
         summary: the run's numbers.
         engine_versions: versions behind the log-probs of the pairs shown or of the whole run.
-        domains: by name, those with most prompts first; `hidden` ones left out.
-        hidden: domains beyond the most that a page shows distributions and pairs of.
+        domains: by name, those with most prompts first.
+        hidden: domains beyond the most that a page shows plots and pairs of.
         pairs: pairs to read by domain, drawn by hash.
         unsure_pairs: pairs with the smallest margins, smallest first.
         tokens_missing: why completions are not shown token by token, and what to do; None where

@@ -101,7 +101,7 @@ def gather_report(
         config=config,
         summary=summary,
         engine_versions=_engine_versions(candidates, warehouse),
-        domains=_domain_reports(rows, summary, shown, sample, config.reward.reduction == "mean"),
+        domains=_domain_reports(rows, summary, by_size, sample, config.reward.reduction == "mean"),
         hidden=tuple(hidden),
         pairs=pairs,
         unsure_pairs=tuple(shower.show(row) for row in least_sure),

@@ -47,7 +47,11 @@ def render_page(data: ReportData) -> str:
         outcome=_OUTCOMES.get(data.run.outcome, data.run.outcome),
         asked=list(_asked(data)),
         came=list(_came(data)),
-        plots=[_DomainPlots(name, _plots(name, n, data)) for n, name in enumerate(data.domains)],
+        plots=[
+            _DomainPlots(name, _plots(name, n, data))
+            for n, name in enumerate(data.domains)
+            if name not in data.hidden
+        ],
         has_tokens=any(side.tokens for side in sides),
         formula=_formula(data),
         legend=list(_legend()),

@@ -125,7 +125,11 @@ def _check_run(data: ReportData) -> Iterator[Finding]:
 
 def _check_models(data: ReportData) -> Iterator[Finding]:
     for warning in data.config.reward.warnings():
-        yield Finding(Level.LOOK, f"{warning[0].upper()}{warning[1:]}")
+        yield Finding(
+            Level.LOOK,
+            f"{warning[0].upper()}{warning[1:]}",
+            "Compare the reward's choice with labelled pairs of your own kind before you train.",
+        )
     if len(data.engine_versions) > 1:
         yield Finding(
             Level.LOOK,
@@ -140,6 +144,7 @@ def _check_length(data: ReportData) -> Iterator[Finding]:
     if effect.share is not None and effect.slope is not None:
         level = LENGTH_SHARE.level(effect.share)
         kind = "rewarded more" if effect.slope > 0 else "rewarded less"
+        slope = f"{effect.slope:+.3f}".replace("-", "−")
         fix = (
             "Try rewards per token (reward.reduction: mean) or a tighter "
             "pairs.length_window.ratio: neither scores anything again. Then compare the pairs."
@@ -149,7 +154,7 @@ def _check_length(data: ReportData) -> Iterator[Finding]:
         yield Finding(
             level,
             f"Length explains {effect.share:.0%} of how rewards differ within a prompt "
-            f"(R²; {effect.slope:+.3f} {data.unit} per further token: longer is {kind}).",
+            f"(R²; {slope} {data.unit} per further token: longer is {kind}).",
             fix if level else None,
         )
     longer = sum(domain.lengths.longer for domain in data.domains.values())

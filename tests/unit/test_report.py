@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from cdr.chat import ChatEncoder
 from cdr.config import AnnotateConfig, ReportSpec
+from cdr.encoding import EncodingPlan, TokenizerSpec, ids_hash
 from cdr.report.data import Histogram, LengthEffect, Lengths, Piece, TokenRow
 from cdr.report.page import render_page
 from cdr.report.plots import draw_histogram
-from cdr.report.tokens import split_text
+from cdr.report.tokens import MAX_TOKENS, ScoredTerm, TokenReader, split_text
 from cdr.report.verdict import Level, judge
 from tests.report_data import (
     IMAGE,
@@ -267,6 +269,26 @@ def test_a_control_token_is_shown_by_its_name() -> None:
     encoder = ChatEncoder(make_smollm2(), "own")
     ids: Sequence[int] = encoder.encode_completion("Yes.", "stop").ids
     assert [piece for piece, _ in split_text(ids, encoder.decode)][-1] == "<|im_end|>"
+
+
+def test_tokens_are_shown_only_where_their_ids_are_those_that_were_scored(tmp_path: Path) -> None:
+    tokenizer = make_smollm2()
+    tokenizer.save_pretrained(tmp_path)
+    spec = TokenizerSpec("m", str(tmp_path), None, CHATML_TEMPLATE, 1024, 1 << 20)
+    plan = EncodingPlan((spec,), (("m", "plain"),), None, 0, "reject", True, False)
+    reader = TokenReader(plan, {"m/plain": "m"}, {"m/plain": 2.0})
+    text = "fox " * 400
+    ids = ChatEncoder(tokenizer, "own").encode_completion(text, "stop").ids
+    term = ScoredTerm(ids_hash(ids), [-1.0] * len(ids))
+    (row,) = reader.read(text, "stop", {"m/plain": term})
+    assert [piece.reward for piece in row.pieces] == [-2.0] * MAX_TOKENS
+    assert row.rest == len(ids) - MAX_TOKENS > 100
+    assert row.rest_reward == -2.0 * row.rest
+    # Another text, another end, another tokenizer: the numbers are not theirs.
+    assert reader.read(text + "!", "stop", {"m/plain": term}) == ()
+    assert reader.read(text, "length", {"m/plain": term}) == ()
+    changed = ScoredTerm(ids_hash(ids[1:]), term.logprobs)
+    assert reader.read(text, "stop", {"m/plain": changed}) == ()
 
 
 # --- the config ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm demo evaluate test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser demo evaluate report-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -64,6 +64,20 @@ no-vllm:
 	@echo "note: vLLM is left out, and its tests with it: on a CPU it needs Linux on x86-64 and g++" >&2
 	@echo "  fix: install g++ (apt-get install g++) and run make setup-vllm" >&2
 
+# For the tests of the report page, which are skipped without. Only root may install it, and not all
+# systems have Debian's package: neither is a reason to fail.
+BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+
+setup-browser: ## Add Chromium for the report page's tests, where apt-get may (a minute)
+	@if test -n "$(BROWSER)$$CDR_BROWSER"; then exit 0; fi; \
+	if test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
+	  echo "installing chromium"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -qq -y --no-install-recommends chromium; } > /dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "note: no Chromium, so the report page's tests in a browser are skipped" >&2; \
+	echo "  fix: install one (apt-get install chromium), or name its program in CDR_BROWSER" >&2
+
 java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import find_java; import sys; sys.exit(run_job(lambda: 0 if find_java() else 1))'
 
 demo: setup java ## Annotate the demo input, print what came, and what to try next
@@ -72,7 +86,10 @@ demo: setup java ## Annotate the demo input, print what came, and what to try ne
 evaluate: setup java ## Evaluate the demo's reward on the demo's labelled pairs (ARGS=--quick)
 	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
 
-test: setup setup-vllm java ## Lint, types and every tier of tests but the cluster's
+report-demo: setup java ## Build the demo run's report page from its tables; print where it is
+	@$(SUBMIT) jobs/report.py --warehouse $(WAREHOUSE) $(ARGS)
+
+test: setup setup-vllm setup-browser java ## Lint, types and every tier of tests but the cluster's
 	@$(MAKE) --no-print-directory lint types
 	@$(BIN)/pytest
 
@@ -105,7 +122,7 @@ package: $(READY) ## Build the wheel that clusters install
 	@rm -rf dist
 	@$(BIN)/uv build --quiet --wheel --out-dir dist .
 	@wheel=$$(ls dist/*.whl); \
-	  echo "$$wheel: the library, the jobs (cdr-annotate, cdr-evaluate, cdr-generate) and conf/"; \
+	  echo "$$wheel: the library, the jobs (cdr-annotate, cdr-generate, ...) and conf/"; \
 	  echo "  on this machine  pip install '$$wheel[spark]', then cdr-annotate --help"; \
 	  echo "  on Databricks    docs/how-to/databricks.md"; \
 	  echo "  on EMR           docs/how-to/emr.md"

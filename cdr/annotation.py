@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from pyspark.sql import DataFrame
 
 from cdr.job_run import Share
 from cdr.plan import AnnotationPlan
+from cdr.report.build import report_run
+from cdr.report.gather import RunRows
 from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
-from cdr.summary import summarize
+from cdr.summary import Summary, summarize
 from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED
 from cdr.warehouse import Warehouse
 
@@ -69,10 +72,33 @@ class AnnotationRun(ScoringRun):
         self._log_outputs((ROUTES, LOGPROBS, REWARDS, REJECTS, PREFERENCES, UNPAIRED))
         print(f"\n{summary.render()}\n")
         self._warn_of_mixed_versions()
-        print(self._next_steps())
+        print(self._next_steps(self._report(rewards, rejects, pairs, summary)))
 
-    def _next_steps(self) -> str:
-        lines = [
+    def _report(
+        self, rewards: DataFrame, rejects: DataFrame, pairs: DataFrame, summary: Summary
+    ) -> str | None:
+        """Build the report page; give its place, or None."""
+        if not self._plan.config.report.enabled:
+            return None
+        record = dataclasses.replace(
+            self._log.record,
+            outcome=self._outcome,
+            error=self._problem,
+            counts=self._counts,
+        )
+        return report_run(
+            RunRows(rewards, pairs, rejects),
+            self._warehouse,
+            self._plan,
+            record,
+            summary,
+            ui_command=self._tracker.ui_command(),
+            keep=lambda page: self._tracker.log_page(page, "report.html"),
+        )
+
+    def _next_steps(self, report: str | None) -> str:
+        lines = [f"report: {report}", ""] if report else []
+        lines += [
             "next:",
             "  SELECT domain, count(*) AS pairs, round(avg(margin), 2) AS margin",
             f"  FROM {self._warehouse.sql_name(PREFERENCES)} "

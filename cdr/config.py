@@ -186,6 +186,20 @@ class TrackingSpec(Spec):
     enabled: bool = Field(True, description="False: no MLflow run.")
 
 
+class ReportSpec(Spec):
+    """The HTML page about a run, in the warehouse's `reports/` and with the MLflow run."""
+
+    enabled: bool = Field(True, description="False: no page.")
+    texts: bool = Field(
+        True,
+        description="Show prompts and completions of a few pairs. False: ids and numbers only, for "
+        "sensitive data.",
+    )
+    pairs_per_domain: int = Field(
+        10, ge=0, le=50, description="Pairs to read per domain, drawn by hash of the prompt."
+    )
+
+
 class AnnotateConfig(Spec):
     """One annotate run: which completions, which reward, which pairs, where to."""
 
@@ -205,6 +219,7 @@ class AnnotateConfig(Spec):
     pairs: PairSpec = PairSpec()
     run: RunSpec = RunSpec()
     tracking: TrackingSpec = TrackingSpec()
+    report: ReportSpec = ReportSpec()
 
     @model_validator(mode="before")
     @classmethod

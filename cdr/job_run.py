@@ -133,6 +133,11 @@ class JobRun(ABC):
         self._counts = Counter(counts)
         self.exit_code = OVER_THRESHOLD if problems else OK
 
+    @property
+    def _outcome(self) -> str:
+        """How a run that did all it could ended, for `runs`."""
+        return "done" if self.exit_code == OK else "over_threshold"
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -159,8 +164,7 @@ class JobRun(ABC):
             known = str(error) if isinstance(error, CdrError) else explain_spark_error(error)
             self._log.end("failed", error=known or f"{type(error).__name__}: {error}"[:2000])
         else:
-            outcome = "done" if self.exit_code == OK else "over_threshold"
-            self._log.end(outcome, error=self._problem, counts=self._counts)
+            self._log.end(self._outcome, error=self._problem, counts=self._counts)
             if self._problem:
                 print(f"\nover the threshold: {self._problem}; see the tables rejects and rewards")
 

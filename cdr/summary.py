@@ -106,6 +106,8 @@ class Summary:
             "logprobs_asked": self.asked,
             "logprobs_scored": self.scored,
             "tokens": self.tokens,
+            # Whole seconds, for pages built from the tables later.
+            "scoring_s": round(self.scoring_s),
             **{f"rejected.{reason}": count for reason, count in self.rejected.items()},
             **{f"no_pair.{reason}": count for reason, count in self.no_pair.items()},
             **{f"routed.{source}": count for source, count in self.routed.items()},

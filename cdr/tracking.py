@@ -2,7 +2,8 @@
 
 Spoken to from the driver only. A store that cannot be reached stops a job before it starts; one
 that goes away later never costs work: what could not be sent is kept as JSON beside the tables.
-Everything sent is configuration, ids, versions and numbers, never a prompt or a completion.
+Everything sent is configuration, ids, versions and numbers, never a prompt or a completion; but for
+the report page, which shows a few pairs unless `report.texts` is false.
 """
 
 from __future__ import annotations
@@ -204,8 +205,12 @@ class RunTracker:
         self._send("table", {"role": role, **vars(table)}, send)
 
     def log_file(self, path: str | Path) -> None:
-        """Keep a copy of a file, for example the HTML report, with the run."""
+        """Keep a copy of a file with the run."""
         self._send("file", str(path), lambda: self._client.log_artifact(self.run_id, str(path)))
+
+    def log_page(self, html: str, name: str) -> None:
+        """Keep a page with the run, for example the report; what is kept unsent is its name."""
+        self._send("page", name, lambda: self._client.log_text(self.run_id, html, name))
 
     def ui_command(self) -> str | None:
         """Give the command that shows the run; None with tracking off."""

@@ -137,6 +137,7 @@ def make_job(tmp_path: Path, demo_model: Path) -> Callable[..., Job]:
             },
             "run": run,
             "tracking": {"enabled": False},
+            "report": {"enabled": False},
         }
         (tmp_path / "annotate.yaml").write_text(yaml.safe_dump(config))
         job = Job(tmp_path / "annotate.yaml", warehouse, data)

@@ -161,6 +161,7 @@ def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
         reward__prompt_pack=str(ROOT / "conf/prompts/cdr-v1.yaml"),
         reward__routing={"mode": "adaptive"},
         tracking__enabled=True,
+        report={"texts": False},
     )
     code, output = job.run()
     assert code == 0, output
@@ -240,6 +241,10 @@ def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
     asked = yaml.safe_load((artifacts / "config.yaml").read_text())
     assert asked == json.loads(record["config"])
     assert json.loads((artifacts / "summary.json").read_text()) == pytest.approx(metrics)
+    page = (job.warehouse / "reports" / f"{record['run_id']}.html").read_text(encoding="utf-8")
+    assert f"report: {job.warehouse}/reports/{record['run_id']}.html" in output
+    assert (artifacts / "report.html").read_text(encoding="utf-8") == page
+    assert all(pair["prompt_id"] in page for pair in tables["preferences"])
     kept = [job.warehouse / "mlflow.db", *artifacts.iterdir()]
     assert not any(b"Question" in file.read_bytes() for file in kept), "a prompt was logged"
 

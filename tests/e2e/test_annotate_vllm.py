@@ -28,6 +28,7 @@ def annotate(warehouse: Path, engine: str) -> Job:
     """Run the demo's first prompts with one engine, in float32, on an empty warehouse."""
     job = Job(ROOT / "conf/annotate/demo.yaml", warehouse, warehouse.parent / "unused.jsonl")
     changes = [f"engine={engine}", f"warehouse={warehouse}", "tracking.enabled=false"]
+    changes.append("report.enabled=false")
     changes += [f"reward.models.{role}.dtype=float32" for role in ("strong", "weak", "router")]
     arguments = [argument for change in changes for argument in ("--set", change)]
     process = job.start("--limit", str(PROMPTS), *arguments)

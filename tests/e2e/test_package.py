@@ -79,8 +79,11 @@ def test_nothing_of_the_checkout_is_imported(installed: Installed) -> None:
 
 def test_the_command_annotates(installed: Installed, make_job: Callable[..., Job]) -> None:
     job = make_job(make_rows(range(6), range(3)))
-    done = installed.run(installed.venv / "bin/cdr-annotate", "--config", job.config)
+    command = (installed.venv / "bin/cdr-annotate", "--config", job.config)
+    done = installed.run(*command, "--set", "report.enabled=true")
     assert done.returncode == 0, done.stdout + done.stderr
+    # The wheel carries the page's template.
+    assert len(list((job.warehouse / "reports").glob("*.html"))) == 1, done.stderr
     assert len(job.rows("rewards")) == 18
     assert len(job.rows("preferences")) == 6
     assert len(job.rows("logprobs")) == 2 * 18

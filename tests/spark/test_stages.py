@@ -91,6 +91,7 @@ def make_plan(
         "reward": {"name": "r", "prompt_pack": str(PACK), **reward},
         "run": {"max_rejected_fraction": 1, **run},
         "tracking": {"enabled": False},
+        "report": {"enabled": False},
     }
     return plan_annotation(AnnotateConfig.model_validate(config))
 

@@ -131,6 +131,7 @@ def rebuild_report(
         scored=counts.get("logprobs_scored", 0),
         tokens=counts.get("tokens", 0),
         scoring_s=float(counts.get("scoring_s", 0)),
+        load_s={},  # `runs` does not keep it
         wall_s=(ended - record.started_at).total_seconds(),
     )
     data = gather_report(

@@ -32,6 +32,7 @@ from cdr.chat import (
 from cdr.errors import ConfigError, ModelError, RejectReason, RowRejected
 from tests.tokenizers import (
     CHATML_TEMPLATE,
+    LLAMA3_TEMPLATE,
     make_llama3,
     make_mistral_v1,
     make_mistral_v3,
@@ -75,9 +76,14 @@ COMPLETIONS = {
 }
 
 
+@cache
+def shared(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of all encoders of a name: to make one takes up to a second."""
+    return MAKERS[name][0]()
+
+
 def encoder(name: str, **options: Any) -> ChatEncoder:
-    make, template = MAKERS[name]
-    return ChatEncoder(make(), template, **options)
+    return ChatEncoder(shared(name), MAKERS[name][1], **options)
 
 
 @cache
@@ -168,13 +174,13 @@ def test_bos_stands_once_whether_template_or_tokenizer_adds_it() -> None:
         ids = chat.encode_prefix(PROMPTS["multi_turn"])
         assert (ids[0], ids.count(ids[0])) == (chat.bos_id, 1)
     # ChatML of another model knows no BOS, but Llama 3's tokenizer adds one.
-    special = ChatEncoder(make_llama3(), CHATML_TEMPLATE)
+    special = ChatEncoder(shared("llama3-instruct"), CHATML_TEMPLATE)
     assert special.encode_prefix(QUESTION)[:2] == (128000, *encode_text("llama3-instruct", "<")[:1])
 
 
 def test_template_that_renders_bos_twice_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="BOS twice"):
-        ChatEncoder(make_llama3(), "{{ bos_token }}" + make_llama3().chat_template)
+        ChatEncoder(shared("llama3-instruct"), "{{ bos_token }}" + LLAMA3_TEMPLATE)
 
 
 def test_joint_encoding_is_prefix_and_completion_unless_marked() -> None:

@@ -6,7 +6,7 @@ expected comes from the tokenizers' own `apply_chat_template`, not from the code
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from cdr import chat
 from cdr.chat import Message
 from cdr.config import content_hash
 from cdr.encoding import (
@@ -91,6 +92,13 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EncodingPlan:
         score_end_of_turn=True,
         drop_exemplar_when_too_long=False,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _load_tokenizers_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "load_tokenizer", cache(chat.load_tokenizer))
+        yield
 
 
 @pytest.fixture(scope="module")

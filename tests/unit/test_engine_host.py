@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -311,11 +311,11 @@ def test_rows_that_wait_while_another_clients_rows_kill_the_host_are_not_blamed(
 ) -> None:
     """Both requests are in flight when the host dies; only the one that ran may be cut up."""
     innocent = [ScoringGroup((9,), ((1,), (2,)))] * 2
-    long = [ScoringGroup((1,), ((1,) * 30,))]  # 3 s
+    long = [ScoringGroup((1,), ((1,) * 15,))]  # 1.5 s
     sizes: list[int] = []
-    is_ready, is_sent = threading.Event(), threading.Event()
+    is_ready, is_running, is_sent = threading.Event(), threading.Event(), threading.Event()
 
-    send = wire.send
+    send, receive = wire.send, wire.receive
 
     def count(
         connection: socket.socket, head: wire.Head, payload: wire.Payload | None = None
@@ -326,19 +326,25 @@ def test_rows_that_wait_while_another_clients_rows_kill_the_host_are_not_blamed(
             if sizes[-1] == len(innocent):
                 is_sent.set()
 
+    def notice(stream: BinaryIO) -> wire.Payload:
+        payload = receive(stream)
+        if payload[0].get("running") and sizes:  # and not for the sets of engines before
+            is_running.set()
+        return payload
+
     def score_innocent() -> list[list[Any]]:
         with connect(Device("cpu", ("tests",)), options()) as waiting:
             waiting.set_engines([SLOW])
             is_ready.set()
-            time.sleep(0.5)  # the long request begins meanwhile
+            is_running.wait()
             return values(waiting.score("slow", innocent))
 
     def kill(pid: int) -> None:
         is_sent.wait()
-        time.sleep(0.5)
         os.kill(pid, signal.SIGKILL)
 
     monkeypatch.setattr(wire, "send", count)
+    monkeypatch.setattr(wire, "receive", notice)
     pid = client.set_engines([SLOW]).pid
     with ThreadPoolExecutor(2) as pool:
         found = pool.submit(score_innocent)

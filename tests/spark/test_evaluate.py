@@ -61,12 +61,12 @@ def pair(subset: str, number: int, **changes: Any) -> dict[str, Any]:
 def make_config(
     folder: Path,
     tokenizer: Path,
-    rows: Sequence[dict[str, Any]],
+    pairs: Sequence[dict[str, Any]],
     columns: dict[str, str],
     **changes: Any,
 ) -> EvaluateConfig:
     source = folder / "pairs.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     models = {
         role: {"path": str(tokenizer), "engine": "stub", "adapter": role, "tuned_from": "weak"}
         for role in ("strong", "weak", "router")
@@ -330,7 +330,8 @@ def test_real_pairs_come_back_whole_and_are_judged(
     files = sorted(SHARED.glob("*.jsonl"))
     if not files:
         pytest.skip(f"no preference pairs at {SHARED}; CDR_SHARED names the folder above data/")
-    lines = [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
+    texts = [line for file in files for line in file.read_text("utf-8").split("\n") if line]
+    lines = [json.loads(text) for text in texts]
     config = make_config(
         tmp_path, tokenizer, [], {"section": "section", "subset": "subset", "id": "id"},
         quick={"pairs": 24}, rows={"plain": ROWS["plain"]},

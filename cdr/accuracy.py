@@ -285,9 +285,12 @@ def compute_mcnemar_p(only_a: int, only_b: int) -> float:
         0.21875
     """
     discordant, fewer = only_a + only_b, min(only_a, only_b)
-    # Whole numbers: exact for any number of pairs.
-    at_most = sum(math.comb(discordant, k) for k in range(fewer + 1))
-    return min(1.0, 2 * at_most / 2**discordant)
+    # Whole numbers: exact for any number of pairs. Each binomial coefficient comes from the last.
+    at_most = ways = 1
+    for k in range(fewer):
+        ways = ways * (discordant - k) // (k + 1)
+        at_most += ways
+    return min(1.0, 2 * at_most / (1 << discordant))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def evaluate(plans: Sequence[EvaluationPlan], warehouse: Warehouse) -> int:
         codes.append(run.exit_code)
         if run.exit_code in (FAILED, STOPPED):
             return run.exit_code
-    print(summarize_rows(done))
+    print(f"\n{summarize_rows(done)}")
     return max(codes)
 
 

@@ -6,11 +6,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pyspark.sql import SparkSession
 
 from cdr.comparison import load_judged
@@ -21,7 +22,7 @@ from cdr.labelled_pairs import load_pairs, split_pairs
 from cdr.scoring_run import make_context
 from cdr.tables import BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REJECTS, REWARDS, RUNS, Table
 from cdr.warehouse import Warehouse
-from jobs.evaluate import dry_run, evaluate
+from jobs.evaluate import dry_run, evaluate, main
 from tests.tokenizers import make_smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,12 +54,12 @@ def pair(subset: str, number: int, **changes: Any) -> dict[str, Any]:
 def make_config(
     folder: Path,
     tokenizer: Path,
-    rows: Sequence[dict[str, Any]],
+    pairs: Sequence[dict[str, Any]],
     columns: dict[str, str],
     **changes: Any,
 ) -> EvaluateConfig:
     source = folder / "pairs.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     models = {
         role: {"path": str(tokenizer), "engine": "stub", "adapter": role, "tuned_from": "weak"}
         for role in ("strong", "weak", "router")
@@ -93,13 +94,14 @@ BAD = {
     "hep-go/8": (pair("hep-go", 8, rejected=None), "null_completion"),
     "hep-go/9": (pair("hep-go", 9, chosen="Yes.<|im_end|>"), "special_token_in_text"),
 }
-ROWS = {"plain": {"change": {"routing": {"mode": "none"}}}, "cdr": {}}
+PLAIN = {"change": {"routing": {"mode": "none"}}}
 
 
 @dataclass(frozen=True)
 class Done:
-    """An evaluation of two rows and an oracle, done twice; its tables after each."""
+    """An evaluation of a reward and its oracle, the first of them done twice; tables after each."""
 
+    config: EvaluateConfig
     plans: list[EvaluationPlan]
     warehouse: Warehouse
     tables: list[dict[str, list[dict[str, Any]]]]
@@ -116,7 +118,9 @@ def done(
     import io
 
     rows = [*GOOD, *(row for row, _ in BAD.values())]
-    config = make_config(tmp_path_factory.mktemp("run"), tokenizer, rows, REWARDBENCH, rows=ROWS)
+    config = make_config(
+        tmp_path_factory.mktemp("run"), tokenizer, rows, REWARDBENCH, rows={"cdr": {}}
+    )
     plans = plan_evaluation(config, with_oracle=True)
     warehouse = Warehouse(spark, config.warehouse)
     tables, printed = [], io.StringIO()
@@ -125,12 +129,12 @@ def done(
             assert evaluate(todo, warehouse) == 0
             found = (BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REWARDS, REJECTS, RUNS)
             tables.append({table.name: collect(warehouse, table) for table in found})
-    return Done(plans, warehouse, tables, printed.getvalue())
+    return Done(config, plans, warehouse, tables, printed.getvalue())
 
 
 def test_every_pair_comes_back_under_every_reward_with_a_verdict_or_a_reason(done: Done) -> None:
     keys = {plan.annotation.reward_key: plan.name for plan in done.plans}
-    assert list(keys.values()) == ["plain", "cdr", "cdr.oracle"]
+    assert list(keys.values()) == ["cdr", "cdr.oracle"]
     pairs = done.tables[0]["benchmark_pairs"]
     assert Counter(keys[row["reward_key"]] for row in pairs) == dict.fromkeys(
         keys.values(), len(GOOD) + len(BAD)
@@ -152,7 +156,7 @@ def test_a_verdict_is_the_strict_comparison_of_the_rewards_table(done: Done) -> 
         for row in done.tables[0]["rewards"]
     }
     judged = [row for row in done.tables[0]["benchmark_pairs"] if row["status"] == "ok"]
-    assert len(judged) == 3 * len(GOOD)
+    assert len(judged) == 2 * len(GOOD)
     for row in judged:
         chosen, rejected = (rewards[row["reward_key"], row["pair_id"], w] for w in ("a", "b"))
         original = next(p for p in GOOD if f"{p['subset']}/{p['id']}" == row["pair_id"])
@@ -189,7 +193,7 @@ def test_results_are_the_weighted_shares_of_the_stored_pairs(done: Done) -> None
 
 
 def test_the_oracle_gives_each_section_its_domain(done: Done) -> None:
-    oracle = done.plans[2].annotation.reward_key
+    oracle = done.plans[1].annotation.reward_key
     domains = {
         row["section"]: row["domain"]
         for row in done.tables[0]["benchmark_pairs"]
@@ -208,26 +212,36 @@ def test_rewards_share_the_store_and_a_second_run_scores_nothing(done: Done) -> 
     assert len(keys) == len(stored)
     counts = {row["run_id"]: row["counts"] for row in second["runs"]}
     in_order = [counts[run_id] for run_id in sorted(counts)]
-    assert len(in_order) == 4
-    plain = 2 * 2 * len(GOOD)
-    # The other candidate of the pair with a forged turn is scored too: 2 models.
-    assert in_order[0]["logprobs_scored"] == plain + 4
-    # Prompts of `chat` are vanilla, so their questions are those of the plain ratio.
-    assert in_order[2]["logprobs_scored"] < in_order[2]["logprobs_asked"]
-    assert in_order[3]["logprobs_scored"] == 0
+    assert len(in_order) == 3
+    # Two models; of two pairs one answer is refused, and the other scored.
+    everything = 2 * (2 * len(GOOD) + 2)
+    assert in_order[0]["logprobs_scored"] == everything
+    # Where the router was right, the oracle's questions are in the store.
+    oracle = done.plans[0].oracle
+    right = {
+        row["pair_id"]
+        for row in first["benchmark_pairs"]
+        if row["reward_name"] == "cdr" and row["domain"] == oracle.get(row["section"], "none")
+    }
+    assert 0 < len(right) < len(GOOD)
+    assert in_order[1]["logprobs_asked"] == everything
+    assert in_order[1]["logprobs_scored"] == everything - sum(
+        2 * (2 if name in {f"{p['subset']}/{p['id']}" for p in GOOD} else 1) for name in right
+    )
+    assert in_order[2]["logprobs_scored"] == 0
     assert len(second["logprobs"]) == len(stored)
     assert len(second["benchmark_pairs"]) == len(first["benchmark_pairs"])
 
 
 def test_stored_pairs_are_found_by_name_or_key(done: Done) -> None:
-    key = done.plans[1].annotation.reward_key
+    key = done.plans[0].annotation.reward_key
     by_name = load_judged(done.warehouse, "bench", "cdr")
     by_key = load_judged(done.warehouse, "bench", key[:12])
     assert by_name.equals(by_key)
     assert len(by_name) == len(GOOD) + len(BAD)
     with pytest.raises(InputError) as caught:
         load_judged(done.warehouse, "bench", "other")
-    assert "evaluated here: cdr, cdr.oracle, plain" in str(caught.value)
+    assert "evaluated here: cdr, cdr.oracle" in str(caught.value)
 
 
 def test_a_dry_run_says_what_is_left_and_writes_nothing(
@@ -235,7 +249,19 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(
 ) -> None:
     assert dry_run(done.plans[:1], done.warehouse) == 0
     assert "(100%)" in capsys.readouterr().out
-    assert len(collect(done.warehouse, RUNS)) == 4
+    assert len(collect(done.warehouse, RUNS)) == 3
+
+
+def test_compare_prints_what_is_stored_and_scores_nothing(
+    done: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(yaml.safe_dump(done.config.model_dump(mode="json", exclude_unset=True)))
+    assert main(["--config", str(config), "--compare", "cdr", "cdr.oracle"]) == 0
+    text = capsys.readouterr().out
+    assert "A = cdr\nB = cdr.oracle" in text
+    assert f"{len(GOOD)}" in next(line for line in text.splitlines() if "all pairs" in line)
+    assert len(collect(done.warehouse, RUNS)) == 3
 
 
 # --- reading pairs, without scoring ------------------------------------------------------------
@@ -255,9 +281,9 @@ def test_quick_takes_equal_shares_of_sections_and_subsets(
     rows = [pair("alpacaeval-easy", n) for n in range(20)]
     rows += [pair("math-prm", n) for n in range(20)] + [pair("hep-go", n) for n in range(10)]
     rows += [pair("donotanswer", n) for n in range(2)]
-    plain = {**make_config(tmp_path, tokenizer, [], {}).reward.model_dump(exclude_unset=True)}
-    plain["routing"] = {"mode": "none"}
-    config = make_config(tmp_path, tokenizer, rows, REWARDBENCH, reward=plain, quick={"pairs": 14})
+    config = make_config(
+        tmp_path, tokenizer, rows, REWARDBENCH, rows={"plain": PLAIN}, quick={"pairs": 14}
+    )
     drawn = read(spark, config, quick=True)
     assert Counter(row["subset"] for row in drawn) == {
         "alpacaeval-easy": 6, "math-prm": 3, "hep-go": 3, "donotanswer": 2
@@ -322,10 +348,11 @@ def test_real_pairs_come_back_whole_and_are_judged(
     files = sorted(SHARED.glob("*.jsonl"))
     if not files:
         pytest.skip(f"no preference pairs at {SHARED}; CDR_SHARED names the folder above data/")
-    lines = [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
+    texts = [line for file in files for line in file.read_text("utf-8").split("\n") if line]
+    lines = [json.loads(text) for text in texts]
     config = make_config(
         tmp_path, tokenizer, [], {"section": "section", "subset": "subset", "id": "id"},
-        quick={"pairs": 24}, rows={"plain": ROWS["plain"]},
+        quick={"pairs": 24}, rows={"plain": PLAIN},
     )  # fmt: skip
     source = config.input.model_copy(update={"path": f"{SHARED}/*.jsonl"})
     config = config.model_copy(update={"input": source})
@@ -346,9 +373,9 @@ def test_real_pairs_come_back_whole_and_are_judged(
 def test_candidates_of_a_pair_that_does_not_fit_have_its_reason(
     spark: SparkSession, tmp_path: Path, tokenizer: Path
 ) -> None:
-    config = make_config(tmp_path, tokenizer, [GOOD[0], BAD["hep-go/7"][0]], REWARDBENCH, rows=ROWS)
+    config = make_config(tmp_path, tokenizer, [GOOD[0], BAD["hep-go/7"][0]], REWARDBENCH)
     plan = plan_evaluation(config)[0]
-    context = replace(make_context(plan.annotation, Warehouse(spark, config.warehouse)))
+    context = make_context(plan.annotation, Warehouse(spark, config.warehouse))
     with context.staging:
         rows = split_pairs(load_pairs(plan, context), context).collect()
     assert {(row["prompt_id"], row["completion_id"]): row["reason"] for row in rows} == {

@@ -101,10 +101,11 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else _minus(f"{value:,.{digits}f}")
 
 
-def _shortened(text: str, characters: int) -> str:
+def _shortened(text: str, characters: int, is_told: bool = True) -> str:
     if len(text) <= characters:
         return text
-    return f"{text[:characters].rstrip()} … ({len(text) - characters:,} more characters)"
+    left = f" ({len(text) - characters:,} more characters)" if is_told else ""
+    return f"{text[:characters].rstrip()} …{left}"
 
 
 def _shade(reward: float) -> str:
@@ -166,12 +167,11 @@ def _asked(data: ReportData) -> Iterator[tuple[str, str]]:
     yield "completions", str(redact(config.input.place))
     for table, version in data.run.input_versions.items():
         yield f"version of {table}", str(version)
-    used = {term.model for term in reward.resolved_terms()}
+    used = [(term.model, term.model) for term in reward.resolved_terms()]
     if reward.routing.mode == "adaptive":
-        used.add(reward.routing.model)
-    for role, model in reward.models.items():
-        if role in used:
-            yield role, str(redact(_model(model)))
+        used.append((reward.routing.model, "router's model"))
+    for role, label in dict(used).items():
+        yield label, str(redact(_model(reward.models[role])))
     yield "reward", f"{_formula(data)}, {'mean per token' if reward.reduction == 'mean' else 'sum'}"
     yield "domain prompts", str(redact(reward.prompt_pack or "none"))
     routing = reward.routing

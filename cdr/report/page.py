@@ -6,7 +6,7 @@ forbids scripts and every request besides. Light and dark follow the reader's sy
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -42,7 +42,7 @@ def render_page(data: ReportData) -> str:
     sides = [side for pair in _pairs(data) for side in (pair.chosen, pair.rejected)]
     return _environment().get_template("page.html.jinja").render(
         data=data,
-        weights=data.weights,
+        names=_short_names(data),
         verdict=judge(data),
         outcome=_OUTCOMES.get(data.run.outcome, data.run.outcome),
         asked=list(_asked(data)),
@@ -53,7 +53,7 @@ def render_page(data: ReportData) -> str:
             if name not in data.hidden
         ],
         has_tokens=any(side.tokens for side in sides),
-        formula=_formula(data),
+        formula=_formula(data, _short_names(data)),
         legend=list(_legend()),
         commands=list(_commands(data)),
         TEXT_CHARACTERS=_TEXT_CHARACTERS,
@@ -79,7 +79,6 @@ def _environment() -> Environment:
         "shade": _shade,
         "shortened": _shortened,
         "signed": lambda value: _minus(f"{value:+.2f}"),
-        "signed_short": lambda value: _minus(f"{value:+g}"),
         "visible": lambda text: text.replace("\n", "⏎\n"),
     }
     return environment
@@ -102,10 +101,11 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else _minus(f"{value:,.{digits}f}")
 
 
-def _shortened(text: str, characters: int) -> str:
+def _shortened(text: str, characters: int, is_told: bool = True) -> str:
     if len(text) <= characters:
         return text
-    return f"{text[:characters].rstrip()} … ({len(text) - characters:,} more characters)"
+    left = f" ({len(text) - characters:,} more characters)" if is_told else ""
+    return f"{text[:characters].rstrip()} …{left}"
 
 
 def _shade(reward: float) -> str:
@@ -125,9 +125,10 @@ def _legend() -> Iterator[tuple[str, str]]:
             yield "z", f"less than {_SHADES[0]:g} either way"
 
 
-def _explain(piece: Piece, row: TokenRow) -> str:
+def _explain(piece: Piece, row: TokenRow, names: Mapping[str, str]) -> str:
     terms = ", ".join(
-        f"{name} {_number(value)}" for name, value in zip(row.terms, piece.logprobs, strict=True)
+        f"{names[name]} {_number(value)}"
+        for name, value in zip(row.terms, piece.logprobs, strict=True)
     )
     return f"{_minus(f'{piece.reward:+.2f}')} nats ({terms})"
 
@@ -140,10 +141,19 @@ def _heaviest(row: TokenRow) -> list[Piece]:
     return sorted(ends, key=lambda piece: -abs(piece.reward))
 
 
-def _formula(data: ReportData) -> str:
+def _short_names(data: ReportData) -> dict[str, str]:
+    """Name each term by its model alone, where that tells them apart."""
+    models = [name.partition("/")[0] for name in data.weights]
+    unique = len(set(models)) == len(models)
+    return {
+        name: model if unique else name for name, model in zip(data.weights, models, strict=True)
+    }
+
+
+def _formula(data: ReportData, names: Mapping[str, str] | None = None) -> str:
     parts = [
         f"{'−' if weight < 0 else '+'} {'' if abs(weight) == 1 else f'{abs(weight):g} '}"
-        f"log p {name}"
+        f"log p {names[name] if names else name}"
         for name, weight in data.weights.items()
     ]
     return " ".join(parts).removeprefix("+ ")
@@ -157,12 +167,11 @@ def _asked(data: ReportData) -> Iterator[tuple[str, str]]:
     yield "completions", str(redact(config.input.place))
     for table, version in data.run.input_versions.items():
         yield f"version of {table}", str(version)
-    used = {term.model for term in reward.resolved_terms()}
+    used = [(term.model, term.model) for term in reward.resolved_terms()]
     if reward.routing.mode == "adaptive":
-        used.add(reward.routing.model)
-    for role, model in reward.models.items():
-        if role in used:
-            yield role, str(redact(_model(model)))
+        used.append((reward.routing.model, "router's model"))
+    for role, label in dict(used).items():
+        yield label, str(redact(_model(reward.models[role])))
     yield "reward", f"{_formula(data)}, {'mean per token' if reward.reduction == 'mean' else 'sum'}"
     yield "domain prompts", str(redact(reward.prompt_pack or "none"))
     routing = reward.routing

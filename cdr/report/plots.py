@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 # matplotlib knows no CSS; these stand in for the page's colours until the SVG is written.
 _INK, _MAIN, _FAINT = "#010203", "#010204", "#010205"
 _COLOURS = {_INK: "currentColor", _MAIN: "var(--plot)", _FAINT: "var(--line)"}
-_SIZE_IN = (3.7, 2.3)
+_SIZE_IN = (3.0, 2.0)
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cdr",
     "font.size": 9,

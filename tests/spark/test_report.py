@@ -22,7 +22,7 @@ from cdr.config import ReportSpec
 from cdr.errors import TableError
 from cdr.plan import AnnotationPlan
 from cdr.report import build
-from cdr.report.build import rebuild_report, report_command
+from cdr.report.build import rebuild_report, report_command, write_page
 from cdr.report.data import ReportData, ShownCandidate, TokenRow
 from cdr.report.gather import RunRows, gather_report
 from cdr.runs import RunRecord
@@ -288,3 +288,14 @@ def test_a_page_that_fails_costs_the_run_nothing_and_a_later_run_replaces_the_ro
         rebuild_report(spark, run.plan.config.warehouse, run_id=run.run_id)
     with pytest.raises(TableError, match=f"no annotate run 'x' .*: {later}, {run.run_id}"):
         rebuild_report(spark, run.plan.config.warehouse, run_id="x")
+
+
+def test_a_page_goes_into_the_file_system_that_holds_the_tables(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    # One that is no local folder to Python; Hadoop looks up where it is mounted.
+    spark._jsc.hadoopConfiguration().set("fs.viewfs.mounttable.t.link./data", tmp_path.as_uri())
+    page = "<p>naïve 🦊</p>\n" * 1000
+    place = write_page(Warehouse(spark, "viewfs://t/data"), "run-1", page)
+    assert place == "viewfs://t/data/reports/run-1.html"
+    assert (tmp_path / "reports/run-1.html").read_text(encoding="utf-8") == page

@@ -96,11 +96,11 @@ def test_every_domain_has_its_numbers_plots_and_pairs(page: Reader) -> None:
 
 def test_a_token_has_its_number_beside_its_colour(page: Reader) -> None:
     # −1.0 + 2.25 = 1.25 under strong, −1.0 under weak.
-    expected = "+2.25 nats (strong/conditioned 1.25, weak/conditioned −1.00)"
+    expected = "+2.25 nats (strong 1.25, weak −1.00)"
     shown = [(a["class"], a.get("title")) for tag, a in page.tags if tag == "i"]
     assert ("p4", expected) in shown
-    assert ("n4", "−3.00 nats (strong/conditioned −4.00, weak/conditioned −1.00)") in shown
-    assert ("z", "+0.01 nats (strong/conditioned −0.99, weak/conditioned −1.00)") in shown
+    assert ("n4", "−3.00 nats (strong −4.00, weak −1.00)") in shown
+    assert ("z", "+0.01 nats (strong −0.99, weak −1.00)") in shown
     # 0.4 is in [0.25, 0.75), −0.1 in (−0.25, −0.05].
     assert {"p2", "n1"} <= {shade for shade, _ in shown}
     assert re.search(r"Heaviest tokens:\s+Sure, \+2\.25;\s+answer \+0\.40\s", page.text)
@@ -136,13 +136,15 @@ def test_missing_tokens_are_explained_and_texts_stand_alone() -> None:
 def test_models_with_tokens_of_their_own_are_shown_each() -> None:
     pair = make_report().pairs["chat"][0]
     rows = (
-        TokenRow(("strong/plain",), (Piece("Hel", (-1.0,), -1.0), Piece("lo", (-2.0,), -2.0))),
-        TokenRow(("weak/plain",), (Piece("Hello", (-4.0,), 4.0),), rest=7, rest_reward=1.5),
+        TokenRow(
+            ("strong/conditioned",), (Piece("Hel", (-1.0,), -1.0), Piece("lo", (-2.0,), -2.0))
+        ),
+        TokenRow(("weak/conditioned",), (Piece("Hello", (-4.0,), 4.0),), rest=7, rest_reward=1.5),
     )
     shown = dataclasses.replace(pair, chosen=dataclasses.replace(pair.chosen, tokens=rows))
     text = Reader(render_page(make_report(("chat",), pairs={"chat": (shown,)}))).text
-    assert "In the tokens of strong/plain:" in text
-    assert "In the tokens of weak/plain:" in text
+    assert "In the tokens of strong:" in text
+    assert "In the tokens of weak:" in text
     assert "… and 7 more tokens: +1.50 nats" in text
 
 

@@ -88,6 +88,8 @@ class AnnotationRun(JobRun):
             "cdr.selection_key": plan.selection_key,
             **keys,
         }
+        if plan.reward_version is not None:
+            tags["cdr.reward_version"] = plan.reward_version
         self._tracker = stack.enter_context(
             RunTracker(
                 plan.config.tracking,

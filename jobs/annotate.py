@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from cdr.annotation import AnnotationRun, make_context
 from cdr.cli import OK, end, make_parser, overrides, run_job
-from cdr.config import load_annotate_config
 from cdr.forecast import assume_routes, forecast
 from cdr.placement import place
-from cdr.plan import AnnotationPlan, plan_annotation
+from cdr.plan import AnnotationPlan
+from cdr.registry import load_annotation_plan
 from cdr.routing import give_domains, plan_routing, route_wave
 from cdr.scoring import plan_waves, plan_work, score_wave
 from cdr.session import get_session
@@ -38,10 +38,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         limit="results go to the dataset NAME.limit-N, scores are kept for later",
         epilog="examples of --set:\n"
         "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
+        "  --reward models:/mistral-dpo-over-sft@champion        a registered one\n"
         "  --set reward.routing.mode=none                        no conditioning at all\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
         "  --set pairs.rejected=lowest --set pairs.min_margin=1.0\n"
         "all keys: docs/reference/config.md",
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="REWARD",
+        help="reward YAML, or a registered one: models:/NAME@ALIAS or models:/NAME/VERSION",
     )
     parser.add_argument(
         "--dry-run",
@@ -54,8 +60,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
-    config = load_annotate_config(args.config, overrides(args))
-    plan = plan_annotation(config, limit=args.limit)
+    named = [] if args.reward is None else [f"reward={args.reward}"]
+    plan = load_annotation_plan(args.config, [*named, *overrides(args)], limit=args.limit)
+    config = plan.config
     for warning in config.reward.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     spark = get_session("cdr annotate", warehouse=config.warehouse)

@@ -71,6 +71,37 @@ def load_config(model: type[_Model], path: str | Path, overrides: Sequence[str] 
     return validate_config(model, path, _read_tree(path, overrides, named))
 
 
+def named_file(path: str | Path, overrides: Sequence[str], field: str) -> str | None:
+    """Give the file that a field marked `MayBeFile` names; None where its content is in the YAML.
+
+    Args:
+        path: as for `load_config`.
+        overrides: as for `load_config`.
+        field: the field.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    given = [item.partition("=")[2] for item in overrides if item.partition("=")[0] == field]
+    named = given[-1] if given else _read_yaml(str(path)).get(field)
+    return named if isinstance(named, str) else None
+
+
+def read_values(path: str | Path, overrides: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
+    """Read some top-level keys of a YAML file before the whole can be checked.
+
+    Args:
+        path: as for `load_config`.
+        overrides: as for `load_config`; those for other keys are left aside.
+        keys: what to read.
+
+    Raises:
+        ConfigError: the file cannot be read, or a variable of these keys is not set.
+    """
+    ours = [item for item in overrides if re.split("[.=]", item, maxsplit=1)[0] in keys]
+    return _read_tree(path, ours, (), keys)
+
+
 def validate_config(model: type[_Model], path: str | Path, tree: Mapping[str, Any]) -> _Model:
     """Check what was read from a file.
 
@@ -102,9 +133,14 @@ def validate_config(model: type[_Model], path: str | Path, tree: Mapping[str, An
 
 
 def _read_tree(
-    path: str | Path, overrides: Sequence[str], may_be_file: Sequence[str]
+    path: str | Path,
+    overrides: Sequence[str],
+    may_be_file: Sequence[str],
+    only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     tree = _read_yaml(str(path))
+    if only is not None:
+        tree = {key: value for key, value in tree.items() if key in only}
     malformed = [item for item in overrides if not _OVERRIDE.match(item)]
     if malformed:
         raise ConfigError(

@@ -34,7 +34,8 @@ keys are errors, and all problems of a file are reported together, before Spark 
 
 ## Where values come from
 
-1. `reward:` may name another YAML file; its content takes the place of the name.
+1. `reward:` may name another YAML file; its content takes the place of the name. A run may also
+   name a registered reward there (`models:/NAME@ALIAS`, `models:/NAME/3`).
 2. A value that starts with `./` or `../` inside a file is a path relative to that file. Anything
    else (absolute paths, `s3://...`, hub ids, paths given by `--set`) is taken as it is.
 3. `${oc.env:NAME}` reads the environment, `${oc.env:NAME,default}` with a default.

@@ -64,6 +64,15 @@ def place(plan: AnnotationPlan, spark: SparkSession) -> AnnotationPlan:
     return replace(plan, config=config, engines=_with_shares(plan.engines, placement))
 
 
+def share_device(engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
+    """Give engines that are loaded together their shares of a device's memory.
+
+    Raises:
+        ConfigError: the shares that the config gives leave no room for the others.
+    """
+    return _with_shares(engines)
+
+
 def weights_bytes(model: ResolvedModel) -> int | None:
     """Give the bytes of a model's weights in the dtype it runs in; None when nothing tells them.
 

@@ -56,6 +56,38 @@ class RoutePlan:
 
 
 @dataclass(frozen=True)
+class RewardPlan:
+    """A checked reward: what decides its numbers, found and keyed.
+
+    Args:
+        reward: the resolved config.
+        models: models by role.
+        pack: the prompt pack; None where prompts are left as they are.
+        encoding: what decides the token ids.
+        engines: the scoring models, each once, in the order of the terms.
+        route: the router; None unless the mode is `adaptive`.
+        reward_key: hash of all that decides the reward's numbers.
+    """
+
+    reward: RewardSpec
+    models: Mapping[str, ResolvedModel]
+    pack: PromptPack | None
+    encoding: EncodingPlan
+    engines: tuple[EngineSpec, ...]
+    route: RoutePlan | None
+    reward_key: str
+
+    @property
+    def given_domains(self) -> tuple[str, ...] | None:
+        """Domains that may be given with a prompt; None where they are not used."""
+        return _given_domains(self.reward, self.pack)
+
+    def term_views(self) -> dict[str, tuple[str, Condition]]:
+        """Give each term's (model key, condition) by its name `model/condition`."""
+        return _term_views(self.reward, self.models)
+
+
+@dataclass(frozen=True)
 class AnnotationPlan:
     """A checked annotate run.
 
@@ -69,6 +101,7 @@ class AnnotationPlan:
         engines: the scoring models, each once, in the order of the terms.
         route: the router; None unless the mode is `adaptive`.
         reward_key: hash of all that decides the reward's numbers.
+        reward_version: `NAME/3` where the reward is a version of MLflow's registry; else None.
     """
 
     config: AnnotateConfig
@@ -80,13 +113,12 @@ class AnnotationPlan:
     engines: tuple[EngineSpec, ...]
     route: RoutePlan | None
     reward_key: str
+    reward_version: str | None = None
 
     @property
     def given_domains(self) -> tuple[str, ...] | None:
         """Domains the input's column may hold; None where the column is not used."""
-        if self.pack is None or self.config.reward.routing.mode != "column":
-            return None
-        return tuple(self.pack.domains)
+        return _given_domains(self.config.reward, self.pack)
 
     @property
     def selection_key(self) -> str:
@@ -95,26 +127,46 @@ class AnnotationPlan:
 
     def term_views(self) -> dict[str, tuple[str, Condition]]:
         """Give each term's (model key, condition) by its name `model/condition`."""
-        return {
-            f"{term.model}/{term.condition}": (
-                self.models[term.model].model_key, term.condition
-            )
-            for term in self.config.reward.resolved_terms()
-        }  # fmt: skip
+        return _term_views(self.config.reward, self.models)
 
 
-def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> AnnotationPlan:
+def plan_annotation(
+    config: AnnotateConfig, *, limit: int | None = None, reward: RewardPlan | None = None
+) -> AnnotationPlan:
     """Resolve and check all that a config names.
 
     Args:
         config: the config.
         limit: prompts at most; the results then go to the dataset `NAME.limit-N`, so that a
             trial never replaces the rows of the whole.
+        reward: the plan of the config's reward, where it has been made; None to make it.
 
     Raises:
         ConfigError: a model, template, pack or domain is missing or does not fit.
     """
-    reward = config.reward
+    planned = reward or plan_reward(config.reward)
+    return AnnotationPlan(
+        config=config,
+        dataset=config.dataset if limit is None else f"{config.dataset}.limit-{limit}",
+        limit=limit,
+        models=planned.models,
+        pack=planned.pack,
+        encoding=planned.encoding,
+        engines=planned.engines,
+        route=planned.route,
+        reward_key=planned.reward_key,
+    )
+
+
+def plan_reward(reward: RewardSpec) -> RewardPlan:
+    """Resolve and check all that a reward names.
+
+    Args:
+        reward: the config.
+
+    Raises:
+        ConfigError: as for `plan_annotation`.
+    """
     models = resolve_models(reward)
     pack = load_prompt_pack(reward.prompt_pack) if reward.prompt_pack else None
     if reward.routing.mode == "none":
@@ -147,10 +199,8 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
         role: content_hash([template, models[role].tokenizer_hash()])
         for role, template in templates.items()
     }
-    return AnnotationPlan(
-        config=config,
-        dataset=config.dataset if limit is None else f"{config.dataset}.limit-{limit}",
-        limit=limit,
+    return RewardPlan(
+        reward=reward,
         models=models,
         pack=pack,
         encoding=encoding,
@@ -164,6 +214,21 @@ def plan_annotation(config: AnnotateConfig, *, limit: int | None = None) -> Anno
             template_hashes,
         ),
     )
+
+
+def _given_domains(reward: RewardSpec, pack: PromptPack | None) -> tuple[str, ...] | None:
+    if pack is None or reward.routing.mode != "column":
+        return None
+    return tuple(pack.domains)
+
+
+def _term_views(
+    reward: RewardSpec, models: Mapping[str, ResolvedModel]
+) -> dict[str, tuple[str, Condition]]:
+    return {
+        f"{term.model}/{term.condition}": (models[term.model].model_key, term.condition)
+        for term in reward.resolved_terms()
+    }
 
 
 def _check_domains(reward: RewardSpec, pack: PromptPack | None) -> None:

@@ -293,6 +293,7 @@ def pair(
     pairs = chosen.where("no_pair_reason IS NULL").withColumns(
         {
             "reward_name": F.lit(plan.config.reward.name),
+            "reward_version": F.lit(plan.reward_version),
             "mlflow_run_id": F.lit(mlflow_run_id),
         }
     )

@@ -159,6 +159,11 @@ PREFERENCES = Table(
         ("domain", "string", "Domain of the prompt"),
         ("split", "string", "train or validation, by hash of the prompt alone"),
         ("reward_name", "string", "Name of the reward configuration"),
+        (
+            "reward_version",
+            "string",
+            "Registered model and version in MLflow, `NAME/3`; null: the reward came from a file",
+        ),
         ("mlflow_run_id", "string", "MLflow run of the annotation; null: tracking was off"),
         ("run_id", "string", "Run that wrote the row"),
     ),

@@ -99,7 +99,7 @@ class RunTracker:
             self._start(self.uri)
         except Exception as error:  # MLflow, SQLAlchemy and the network each have their own
             raise SetupError(
-                f"MLflow cannot be used: {_first_line(error)}",
+                f"MLflow cannot be used: {first_line(error)}",
                 where=redact(self.uri),
                 fix="start the server or correct tracking.uri (or MLFLOW_TRACKING_URI) and "
                 f"tracking.experiment; or {_NO_TRACKING}",
@@ -153,17 +153,10 @@ class RunTracker:
             metrics: leaves that are no finite numbers (None, NaN, texts, lists) are left out.
             step: for numbers that come again, for example the wave.
         """
-        now_ms = int(time.time() * 1000)
-        numbers = {
-            _METRIC_NAME.sub("_", name): float(value)
-            for name, value in _leaves(metrics, "/")
-            if isinstance(value, (int, float)) and math.isfinite(value)
-        }
+        numbers = _numbers(metrics)
 
         def send() -> None:
-            from mlflow.entities import Metric
-
-            items = [Metric(name, value, now_ms, step) for name, value in numbers.items()]
+            items = make_metrics(metrics, step)
             for start in range(0, len(items), _BATCH):
                 self._client.log_batch(self.run_id, metrics=items[start : start + _BATCH])
 
@@ -217,17 +210,8 @@ class RunTracker:
         return None if self.uri is None else ui_command(self.uri)
 
     def _start(self, uri: str) -> None:
-        # Read when mlflow is imported or first used; anything the user has set wins. The defaults
-        # wait for minutes before they give up on a server, here a quarter of one.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        with _quiet():
-            from mlflow import MlflowClient
-
-            if uri.startswith("sqlite:///"):
-                Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            client = MlflowClient(tracking_uri=uri)
+        client = open_store(uri)
+        with quiet():
             experiment = client.get_experiment_by_name(self._tracking.experiment)
             if experiment is not None:
                 experiment_id = experiment.experiment_id
@@ -262,7 +246,7 @@ class RunTracker:
                 send()
                 return
             except Exception as error:  # the job's work must outlive any store
-                problem = _first_line(error)
+                problem = first_line(error)
         self._unsent.append({"what": what, "problem": problem, "payload": redact(payload)})
         text = json.dumps(self._unsent, indent=2, ensure_ascii=False, default=str)
         path = _unsent_folder(self._warehouse) / f"{self.run_id}.json"
@@ -278,6 +262,30 @@ class RunTracker:
                 problem,
                 path,
             )
+
+
+def make_metrics(metrics: Mapping[str, Any], step: int = 0) -> list[Any]:
+    """Make MLflow's metrics of a nested mapping; see `RunTracker.log_metrics`."""
+    from mlflow.entities import Metric
+
+    now_ms = int(time.time() * 1000)
+    return [Metric(name, value, now_ms, step) for name, value in _numbers(metrics).items()]
+
+
+def open_store(uri: str) -> Any:
+    """Give MLflow's client of a store, and of the registry beside it."""
+    # Read when mlflow is imported or first used; anything the user has set wins. The defaults wait
+    # for minutes before they give up on a server, here a quarter of one.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with quiet():
+        from mlflow import MlflowClient
+
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        return MlflowClient(tracking_uri=uri)
 
 
 def resolve_tracking_uri(tracking: TrackingSpec, warehouse: str) -> str:
@@ -363,6 +371,14 @@ def _leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterat
             yield f"{prefix}{key}", value
 
 
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        _METRIC_NAME.sub("_", name): float(value)
+        for name, value in _leaves(metrics, "/")
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
 def _param_text(value: object) -> str:
     text = str(redact(value if isinstance(value, str) else json.dumps(value, default=str)))
     if len(text) <= _MAX_PARAM_CHARS:
@@ -382,13 +398,14 @@ def redact(value: Any) -> Any:
     return value
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Give an error's kind and first line, without passwords."""
     lines = str(error).splitlines() or [""]
     return str(redact(f"{type(error).__name__}: {lines[0]}"))[:500]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what a store's own libraries say on first use.
 
     A new database logs one line per migration step, and MLflow's mappers deprecation warnings.

@@ -17,9 +17,11 @@ they are needed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import socket
 import sys
 import time
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdr.copies import MARKER, RemoteFolder, copy_folder
-from cdr.errors import CdrError, ModelError
+from cdr.errors import CdrError, ModelError, SetupError
 from cdr.node_cache import (
     is_complete,
     locked,
@@ -54,6 +56,8 @@ TAKEN_FILES = ("*.safetensors", *SMALL_FILES)
 """All that is ever fetched."""
 
 _UNSAFE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_NOTED_BYTES = 64 << 20
+_SETTLED_S = 2.0
 # Network mounts that look like local folders: better read once, in order, than mapped by each host.
 _NETWORK_MOUNTS = ("/Volumes/", "/dbfs/")
 
@@ -258,11 +262,38 @@ def hash_source(source: Source) -> str:
         ModelError: as for `fetch`.
     """
     if source.revision is not None or not is_copied(source.path):
-        return hash_files(Path(fetch(source).folder), source.decisive_files)
+        return _hash_folder(Path(fetch(source).folder), source.decisive_files)
     remote = RemoteFolder.open(source.path)
     require_safetensors(remote.sizes, source)
     names = sorted(_matching(remote.sizes, source.decisive_files))
     return _hash_streams((n, remote.sizes[n], partial(remote.stream, n)) for n in names)
+
+
+def _hash_folder(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Hash as `hash_files` does, large files once per node.
+
+    A registered reward is planned by every task of a Spark function, and may be of gigabytes. The
+    hash is noted under names, sizes and times, unless a file was written this moment: another write
+    might then leave the same times.
+    """
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    stats = [(file.name, file.stat()) for file in files]
+    is_settled = all(time.time() - s.st_mtime > _SETTLED_S for _, s in stats)
+    if sum(s.st_size for _, s in stats) < _NOTED_BYTES or not is_settled:
+        return hash_files(folder, patterns)
+    listing = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
+    try:
+        note = make_cache_dir("checksums") / short_hash(folder.resolve(), *listing)
+    except SetupError:  # nowhere to note it
+        return hash_files(folder, patterns)
+    with contextlib.suppress(OSError):
+        return note.read_text(encoding="utf-8")
+    found = hash_files(folder, patterns)
+    with contextlib.suppress(OSError):
+        unfinished = note.with_name(f"{note.name}.{os.getpid()}")
+        unfinished.write_text(found, encoding="utf-8")
+        unfinished.rename(note)
+    return found
 
 
 def check_content(source: Source, folder: Path) -> None:

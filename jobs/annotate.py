@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from cdr.annotation import AnnotationRun
 from cdr.cli import OK, end, make_wave_parser, overrides, run_job
-from cdr.config import load_annotate_config
 from cdr.placement import place
-from cdr.plan import AnnotationPlan, plan_annotation
+from cdr.plan import AnnotationPlan
+from cdr.registry import load_annotation_plan
 from cdr.scoring_run import make_context
 from cdr.session import get_session
 from cdr.stages import load_candidates, pair
@@ -34,10 +34,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         limit="results go to the dataset NAME.limit-N, scores are kept for later",
         epilog="examples of --set:\n"
         "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
+        "  --reward models:/mistral-dpo-over-sft@champion        a registered one\n"
         "  --set reward.routing.mode=none                        no conditioning at all\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
         "  --set pairs.rejected=lowest --set pairs.min_margin=1.0\n"
         "all keys: docs/reference/config.md",
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="REWARD",
+        help="reward YAML, or a registered one: models:/NAME@ALIAS or models:/NAME/VERSION",
     )
     parser.add_argument(
         "--dry-run",
@@ -50,8 +56,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
-    config = load_annotate_config(args.config, overrides(args))
-    plan = plan_annotation(config, limit=args.limit)
+    named = [] if args.reward is None else [f"reward={args.reward}"]
+    plan = load_annotation_plan(args.config, [*named, *overrides(args)], limit=args.limit)
+    config = plan.config
     for warning in config.reward.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     spark = get_session("cdr annotate", warehouse=config.warehouse)

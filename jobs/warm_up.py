@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from cdr.cli import FAILED, OK, end, make_parser, run_job
-from cdr.config import load_annotate_config
 from cdr.placement import place
-from cdr.plan import plan_annotation
+from cdr.registry import load_annotation_plan
 from cdr.session import get_session
 from cdr.warm_up import plan_engine_sets, plan_sources, warm_up
 from udfs.warm_up import make_warm_up
@@ -39,7 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
-    plan = plan_annotation(load_annotate_config(args.config, args.set))
+    plan = load_annotation_plan(args.config, args.set)
     spark = get_session("cdr warm-up")
     plan = place(plan, spark)
     engine_sets = plan_engine_sets(plan) if args.load else []

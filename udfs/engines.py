@@ -6,9 +6,9 @@ import contextlib
 import socket
 from collections.abc import Iterator, Sequence
 
+from cdr.engines.access import hold_engines
 from cdr.engines.base import EngineSpec
-from cdr.engines.client import EngineClient, connect
-from cdr.engines.device import claim_device, task_gpu_addresses, visible_cuda_devices
+from cdr.engines.client import EngineClient
 from cdr.progress import EngineLoad, TaskCounter
 
 
@@ -29,15 +29,10 @@ def task_engines(
         EngineError: the host or an engine cannot be started; the message has its log's tail.
         SetupError: the task has fewer GPUs than an engine's tensor parallelism needs.
     """
-    num_gpus = max(spec.tensor_parallel for spec in specs)
-    addresses, visible = task_gpu_addresses(), visible_cuda_devices()
-    with (
-        claim_device(addresses, visible, num_gpus=num_gpus) as device,
-        connect(device) as client,
-    ):
-        status, node = client.set_engines(specs), socket.gethostname()
+    with hold_engines(specs) as held:
+        engines, node = held.status.engines, socket.gethostname()
         counter.add_loads(
-            EngineLoad(node, str(device), status.pid, engine.name, engine.load_s)
-            for engine in status.engines
+            EngineLoad(node, str(held.device), held.status.pid, engine.name, engine.load_s)
+            for engine in engines
         )
-        yield client, {engine.name: engine.engine_version for engine in status.engines}
+        yield held.client, {engine.name: engine.engine_version for engine in engines}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from cdr.config import RunSpec
 from cdr.engines.base import EngineSpec, ScoringGroup, TokenLogprobs
 from cdr.engines.wire import Outcome
 from cdr.progress import TaskCounter
+from cdr.questions import Question, cut_requests, describe_error, sum_logprobs
 from udfs.engines import task_engines
 
 
@@ -42,7 +40,7 @@ def make_score(
             return  # an empty partition loads no model
         with task_engines(specs, counter) as (client, versions), counter.task() as count:
             for frame in _with_first(first, frames):
-                for request in _requests(frame, run.request_tokens):
+                for request in cut_requests(_questions(frame), run.request_tokens):
                     answers = client.score_all(
                         {key: [q.group for q in questions] for key, questions in request.items()}
                     )
@@ -67,54 +65,17 @@ def _with_first(first: pd.DataFrame, rest: Iterator[pd.DataFrame]) -> Iterator[p
     yield from rest
 
 
-@dataclass(frozen=True)
-class _Question:
-    """One input row: a model, a prefix and its completions."""
-
-    model_key: str
-    prefix_hash: bytes
-    completion_hashes: Sequence[bytes]
-    group: ScoringGroup
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prefix, once, and of all completions."""
-        return len(self.group.prefix_ids) + sum(map(len, self.group.completions_ids))
-
-
-def _requests(frame: pd.DataFrame, request_tokens: int) -> Iterator[dict[str, list[_Question]]]:
-    """Cut rows, in their order, into requests of about `request_tokens` tokens for each model.
-
-    Yields:
-        Questions by model key, sorted by prefix: neighbours share their common one.
-    """
-    request: dict[str, list[_Question]] = {}
-    tokens: Counter[str] = Counter()
+def _questions(frame: pd.DataFrame) -> Iterator[Question]:
     for row in frame.to_dict("records"):
         group = ScoringGroup(
             tuple(row["prefix_ids"].tolist()),
             tuple(tuple(ids.tolist()) for ids in row["completions_ids"]),
         )
-        key = row["model_key"]
-        question = _Question(key, row["prefix_hash"], row["completion_hashes"], group)
-        if tokens[key] and tokens[key] + question.num_tokens > request_tokens:
-            yield _sorted(request)
-            request, tokens = {}, Counter()
-        request.setdefault(key, []).append(question)
-        tokens[key] += question.num_tokens
-    if request:
-        yield _sorted(request)
-
-
-def _sorted(request: dict[str, list[_Question]]) -> dict[str, list[_Question]]:
-    return {
-        key: sorted(questions, key=lambda question: question.group.prefix_ids)
-        for key, questions in request.items()
-    }
+        yield Question(row["model_key"], row["prefix_hash"], row["completion_hashes"], group)
 
 
 def _rows(
-    question: _Question, outcomes: Sequence[Outcome[TokenLogprobs]], version: str, run: RunSpec
+    question: Question, outcomes: Sequence[Outcome[TokenLogprobs]], version: str, run: RunSpec
 ) -> Iterator[dict[str, Any]]:
     for completion_hash, ids, outcome in zip(
         question.completion_hashes, question.group.completions_ids, outcomes, strict=True
@@ -124,17 +85,10 @@ def _rows(
             "model_key": question.model_key,
             "prefix_hash": question.prefix_hash,
             "completion_hash": completion_hash,
-            "logprob_sum": None if logprobs is None else float(logprobs.sum(dtype=np.float64)),
+            "logprob_sum": None if logprobs is None else sum_logprobs(logprobs),
             "num_tokens": len(ids),
             "num_prefix_tokens": len(question.group.prefix_ids),
             "token_logprobs": logprobs if run.store_token_logprobs else None,
             "engine_version": version,
-            "error": _error(outcome),
+            "error": describe_error(outcome),
         }
-
-
-def _error(outcome: Outcome[TokenLogprobs]) -> str | None:
-    if outcome.error is None:
-        return None
-    reason = outcome.error.value
-    return reason if outcome.detail is None else f"{reason}: {outcome.detail}"

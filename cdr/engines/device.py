@@ -53,7 +53,10 @@ class Device:
 
 def task_gpu_addresses() -> tuple[str, ...]:
     """Give the GPU addresses of the Spark task this code runs in; empty when there are none."""
-    from pyspark import TaskContext  # clusters bring it; nothing else here needs Spark
+    try:
+        from pyspark import TaskContext  # clusters bring it; nothing else here needs Spark
+    except ImportError:
+        return ()  # a process that has no Spark is no task's
 
     task = TaskContext.get()
     gpu = task.resources().get("gpu") if task else None

@@ -75,7 +75,7 @@ def test_every_request_asks_both_models_and_all_rows_come_back_right(
         return score_all(client, groups)
 
     monkeypatch.setattr(EngineClient, "score_all", record)
-    monkeypatch.setattr("udfs.engines.visible_cuda_devices", lambda: ())
+    monkeypatch.setattr("cdr.engines.access.visible_cuda_devices", lambda: ())
     # 256 tokens are two prompts of 120 for each model; 5 prompts make 2 + 2 + 1.
     function = make_score(SPECS, RunSpec(request_tokens=256), counter, "strong")  # type: ignore[arg-type]
     rows = pd.concat(list(function(iter([make_frame(5)]))))
@@ -99,7 +99,7 @@ def test_every_request_asks_both_models_and_all_rows_come_back_right(
 def test_the_driver_learns_what_was_loaded_where(
     counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("udfs.engines.visible_cuda_devices", lambda: ())
+    monkeypatch.setattr("cdr.engines.access.visible_cuda_devices", lambda: ())
     function = make_score(SPECS, RunSpec(), counter, "strong")  # type: ignore[arg-type]
     assert sum(map(len, function(iter([make_frame(1)])))) == 4
     assert {(load.device, load.engine) for load in counter.loads} == {

@@ -373,3 +373,27 @@ def test_a_config_is_told_every_checksum_it_lacks() -> None:
     with pytest.raises(ValueError, match="adapter_checksum: is given, but adapter is not"):
         ModelSpec(path="folder", adapter_checksum="0" * 64)
     assert ModelSpec(path="s3://b/m", checksum="0" * 64).revision is None
+
+
+def test_a_large_folder_is_hashed_once_and_again_when_a_file_is_written(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = model / "model.safetensors"
+    os.truncate(large, 65 << 20)  # takes no disk
+
+    def age() -> None:
+        for file in model.iterdir():
+            os.utime(file, (1e9, 1e9))
+
+    age()
+    expected = hash_files(model, weights.WEIGHT_FILES)
+    source = Source(str(model))
+    assert weights.hash_source(source) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "hash_files", lambda *_: pytest.fail("hashed again"))
+        assert weights.hash_source(source) == expected
+    with large.open("r+b") as stream:
+        stream.write(b"other")  # of the same size, and with the same time
+    age()
+    assert weights.hash_source(source) == hash_files(model, weights.WEIGHT_FILES) != expected
+    assert len(list((cache / "checksums").iterdir())) == 2

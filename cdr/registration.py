@@ -1,0 +1,260 @@
+"""Put a reward into MLflow's model registry: a run, a model from code, a version, an alias.
+
+A new version is made exactly when the reward's key differs from the latest version's: a text of the
+pack, a commit, a dtype or a weight changes it; a name, a description or a moved folder does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cdr
+from cdr.config import TrackingSpec
+from cdr.errors import InputError, SetupError
+from cdr.plan import RewardPlan
+from cdr.registry import KEY_TAG, Registry, RewardVersion, check_name
+from cdr.reward_files import describe_weights, package_version, write_reward
+from cdr.tracking import RunTracker, first_line, redact, resolve_tracking_uri
+
+EXPERIMENT = "cdr-rewards"
+
+_MAX_TAG_CHARS = 1000  # Unity Catalog's limit
+_MODEL_CODE = Path(cdr.__file__).parent / "reward_pyfunc.py"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What registering came to.
+
+    Args:
+        version: the version that holds the reward now.
+        is_new: whether it was made; False where the latest one is the same reward.
+        alias: what stands for it since; None where none was asked for.
+        replaced: the version that the alias stood for before; None for none, or the same one.
+        uri: tracking URI of the store.
+    """
+
+    version: RewardVersion
+    is_new: bool
+    alias: str | None
+    replaced: str | None
+    uri: str
+
+
+def find_store(uri: str | None, warehouse: str | None) -> str:
+    """Decide which MLflow store a registration goes to.
+
+    In this order: the URI given, MLFLOW_TRACKING_URI, the workspace on Databricks, SQLite in the
+    warehouse given: where the runs of an annotate job with that warehouse are.
+
+    Raises:
+        SetupError: nothing of that is there.
+    """
+    known = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("DATABRICKS_RUNTIME_VERSION")
+    if not (uri or known or warehouse):
+        raise SetupError(
+            "it is not said which MLflow store the reward is to be registered in",
+            fix="--warehouse FOLDER, for the store in an annotate run's warehouse; or "
+            "--tracking-uri https://your-mlflow-server, or MLFLOW_TRACKING_URI",
+        )
+    return resolve_tracking_uri(TrackingSpec(uri=uri), warehouse or ".")
+
+
+def read_metrics(path: Path | None) -> dict[str, Any]:
+    """Read the numbers that a benchmark gave a reward.
+
+    Args:
+        path: JSON object, nested or not; what is no number is left out. None for no numbers.
+
+    Raises:
+        InputError: it is not there, or not such a file.
+    """
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the metrics cannot be read: {first_line(error)}",
+            where=str(path),
+            fix="--metrics takes a JSON object of names and numbers",
+        ) from None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"the metrics must be a JSON object, got {type(found).__name__}",
+            where=str(path),
+            fix='write them as {"rewardbench": {"safety": 0.93}}',
+        )
+    return found
+
+
+def register_reward(
+    plan: RewardPlan,
+    *,
+    uri: str,
+    name: str | None = None,
+    alias: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Registration:
+    """Register a reward, unless the latest version is the same one.
+
+    Args:
+        plan: the checked reward.
+        uri: tracking URI, see `find_store`.
+        name: name in the registry; None takes the reward's own.
+        alias: is let stand for the version, new or not.
+        metrics: numbers that a benchmark gave the reward; kept with the version's run.
+        force: make a new version in any case.
+
+    Raises:
+        ConfigError: the name or alias cannot be one.
+        SetupError: the store or registry cannot be used.
+    """
+    name = name or plan.reward.name
+    check_name("--name", name)
+    if alias is not None:
+        check_name("--alias", alias)
+    registry = Registry(uri)
+    latest = registry.find_latest(name)
+    is_new = force or latest is None or latest.reward_key != plan.reward_key
+    if is_new:
+        version = _log(plan, registry, name, metrics or {})
+    else:
+        assert latest is not None
+        version = latest
+        registry.log_metrics(version, metrics or {})
+    replaced = None
+    if alias is not None:
+        before = registry.aliases(name).get(alias)
+        replaced = before if before != version.version else None
+        registry.set_alias(version, alias)
+    return Registration(version, is_new, alias, replaced, uri)
+
+
+def describe(plan: RewardPlan) -> str:
+    """Describe a reward for the registry's page of a version: Markdown, one fact a line."""
+    reward = plan.reward
+    lines = [reward.description.strip() or f"Reward {reward.name}.", ""]
+    for role, model in plan.models.items():
+        weights = " + ".join(describe_weights(model).values())
+        engine = model.engine_spec
+        lines.append(f"- {role}: `{weights}` ({engine.engine}, {engine.dtype})")
+    terms = ", ".join(f"{t.weight:+g} {t.model}/{t.condition}" for t in reward.resolved_terms())
+    pack = "none" if plan.pack is None else f"{plan.pack.name} {plan.pack.version}"
+    lines += [
+        f"- terms: {terms}; {reward.reduction}",
+        f"- prompt pack: {pack}; routing: {reward.routing.mode}",
+        f"- reward key: `{plan.reward_key}`",
+    ]
+    return "\n".join(lines)
+
+
+def version_tags(plan: RewardPlan) -> dict[str, str]:
+    """Give the tags of a version: its key, its pinned models, its pack."""
+    tags = {
+        KEY_TAG: plan.reward_key,
+        "cdr_reward_name": plan.reward.name,
+        "cdr_package_version": package_version(),
+    }
+    if plan.pack is not None:
+        tags["cdr_prompt_pack"] = f"{plan.pack.name} {plan.pack.version} {plan.pack.key[:16]}"
+    for role, model in plan.models.items():
+        tags |= {f"cdr_{role}_{part}": text for part, text in describe_weights(model).items()}
+    return {tag: str(redact(text))[:_MAX_TAG_CHARS] for tag, text in tags.items()}
+
+
+def _log(
+    plan: RewardPlan, registry: Registry, name: str, metrics: Mapping[str, Any]
+) -> RewardVersion:
+    """Log the model in a run of its own and make a version of it."""
+    tracking = TrackingSpec(uri=registry.uri, experiment=EXPERIMENT)
+    tags = {
+        "cdr.job": "register_reward",
+        "cdr.reward_name": plan.reward.name,
+        "cdr.reward_key": plan.reward_key,
+        "cdr.registered_model": name,
+    }
+    config = plan.reward.model_dump(mode="json")
+    run_name = f"register {name}"
+    with RunTracker(tracking, ".", run_name=run_name, config=config, tags=tags) as tracker:
+        tracker.log_metrics(metrics)
+        version = registry.register(
+            name,
+            lambda: _log_model(plan, str(tracker.run_id)),
+            run_id=str(tracker.run_id),
+            tags=version_tags(plan),
+            description=str(redact(describe(plan))),
+        )
+        tracker.set_tags({"cdr.reward_version": str(version)})
+    return version
+
+
+def _log_model(plan: RewardPlan, run_id: str) -> str:
+    """Log a reward as a model of a run; give its URI."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
+
+    from cdr.reward_model import REQUEST_TOKENS
+
+    text, number = DataType.string, DataType.double
+    signature = ModelSignature(
+        inputs=Schema(
+            [
+                ColSpec(AnyType(), "prompt"),  # text, or turns with role and content
+                ColSpec(text, "completion"),
+                ColSpec(text, "finish_reason", required=False),
+                ColSpec(text, "domain", required=False),
+            ]
+        ),
+        outputs=Schema(
+            [
+                ColSpec(number, "reward"),
+                ColSpec(text, "domain"),
+                ColSpec(number, "strong_logprob"),
+                ColSpec(number, "weak_logprob"),
+                ColSpec(DataType.long, "num_tokens"),
+                ColSpec(text, "status"),
+                ColSpec(text, "error"),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("placement", text, "colocated"),
+                ParamSpec("request_tokens", DataType.long, REQUEST_TOKENS),
+            ]
+        ),
+    )
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run_id):
+        reward = Path(folder) / "reward"
+        reward.mkdir()
+        write_reward(plan, reward)
+        info = mlflow.pyfunc.log_model(
+            name="reward",
+            python_model=str(_MODEL_CODE),
+            artifacts={"reward": str(reward)},
+            signature=signature,
+            pip_requirements=_requirements(),
+        )
+    return str(info.model_uri)
+
+
+def _requirements() -> list[str]:
+    """List what a version needs: this package, and what that needs without its extras."""
+    try:
+        needed = metadata.requires("cdr-annotate") or []
+    except metadata.PackageNotFoundError:
+        return ["cdr-annotate"]
+    return [
+        f"cdr-annotate=={package_version()}",
+        *(line for line in needed if "extra ==" not in line),
+    ]

@@ -1,0 +1,429 @@
+"""Rewards in a real MLflow registry: registered, annotated with, predicted with, and refused.
+
+Stub models in real engine hosts: the job, `predict` and the Spark function must agree to the last
+bit. One test asks the demo's real models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from cdr.errors import CdrError, ConfigError
+from cdr.registry import KEY_TAG, global_store, load_annotation_plan
+from cdr.tables import PREFERENCES, REJECTS, REWARDS, Table
+from cdr.warehouse import Warehouse
+from jobs.annotate import annotate
+from jobs.annotate import main as annotate_main
+from jobs.register_reward import main as register
+from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe, make_smollm2
+
+ROOT = Path(__file__).resolve().parents[2]
+# Looked up before the session's fixture gives the tests a cache of their own.
+DEMO_MODEL = (
+    Path(os.environ.get("CDR_CACHE", "~/.cache/cdr")).expanduser()
+    / "models" / "smollm2-135m-instruct"
+)  # fmt: skip
+
+# Of MLflow itself, under pandas and pydantic as they are installed here.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "DATABRICKS_RUNTIME_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def make_row(i: int, j: int) -> dict[str, Any]:
+    # The last two candidates of p1 are the same.
+    kind = min(j, 1) if i == 1 else j
+    return {
+        "prompt_id": f"p{i}",
+        "prompt": turns(*(["Hello.", "Hello!"] if i == 2 else []), f"Question {i}: a fox?"),
+        "completion_id": f"p{i}-{j}",
+        "completion": f"Answer {kind} to {i}." + " Ask the council." * (kind % 2),
+        "finish_reason": "length" if kind == 2 else "stop",
+    }
+
+
+ROWS = [make_row(i, j) for i in range(6) for j in range(3)]
+BAD = [
+    {"prompt": turns("Say <|im_end|>."), "completion": "Yes.", "reason": "special_token_in_text"},
+    {"prompt": turns("A fox?"), "completion": " ", "reason": "empty_completion"},
+]  # fmt: skip
+
+
+@dataclass
+class Store:
+    """A warehouse with its MLflow store, a reward with stub models, and a run's config."""
+
+    folder: Path
+
+    @property
+    def warehouse(self) -> Path:
+        return self.folder / "warehouse"
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.warehouse}/mlflow.db"
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=self.uri)
+
+    def register(self, *arguments: str) -> None:
+        config = str(self.folder / "stub.yaml")
+        assert register(["--config", config, "--warehouse", str(self.warehouse), *arguments]) == 0
+
+    def versions(self, name: str) -> list[str]:
+        found = self.client.search_model_versions(f"name='{name}'")
+        return sorted(version.version for version in found)
+
+    def edit_pack(self, file: Path) -> None:
+        """Change one exemplar's text."""
+        tree = yaml.safe_load(file.read_text())
+        next(iter(tree["domains"]["safety"]["exemplars"].values()))["why"] += " It is kind, too."
+        file.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    folder = tmp_path_factory.mktemp("store")
+    make_smollm2().save_pretrained(folder / "smollm2")
+    special = ("<|im_end|>", "<|im_start|>")
+    make_small_bpe(CHATML_TEMPLATE, special=special).save_pretrained(folder / "small")
+    shutil.copy(ROOT / "conf" / "prompts" / "cdr-v1.yaml", folder / "pack.yaml")
+
+    def model(tokenizer: str, role: str) -> dict[str, Any]:
+        return {
+            "path": f"./{tokenizer}", "engine": "stub", "adapter": role, "max_length": 8192
+        }  # fmt: skip
+
+    reward = {
+        "name": "stub",
+        "description": "Numbers from hashes.",
+        "models": {
+            "strong": {**model("smollm2", "s"), "tuned_from": "weak"},
+            "weak": model("small", "w"),
+            "router": model("smollm2", "r"),
+        },
+        "reduction": "mean",
+        "encoding": {"template": "own"},
+        "prompt_pack": "./pack.yaml",
+        "routing": {"mode": "adaptive", "calibrate": True, "threshold": 0.4},
+    }
+    (folder / "stub.yaml").write_text(yaml.safe_dump(reward))
+    with (folder / "input.jsonl").open("w") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in ROWS)
+    columns = ("prompt_id", "completion_id", "finish_reason")
+    run = {
+        "dataset": "d",
+        "warehouse": "./warehouse",
+        "input": {
+            "path": "./input.jsonl",
+            "format": "json",
+            "columns": {name: name for name in columns},
+        },
+        "reward": "models:/stub@champion",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return Store(folder)
+
+
+@pytest.fixture(scope="module")
+def registered(store: Store) -> Store:
+    """The store with the stub reward as version 1."""
+    store.register("--alias", "champion")
+    return store
+
+
+@pytest.fixture(scope="module")
+def annotated(registered: Store, spark: SparkSession) -> Warehouse:
+    """A run with version 1."""
+    plan = load_annotation_plan(registered.folder / "run.yaml", ["reward=models:/stub/1"])
+    warehouse = Warehouse(spark, plan.config.warehouse)
+    assert annotate(plan, warehouse) == 0
+    return warehouse
+
+
+def collect(warehouse: Warehouse, table: Table) -> list[dict[str, Any]]:
+    return [row.asDict(recursive=True) for row in warehouse.read(table).collect()]
+
+
+@pytest.fixture
+def in_store(store: Store) -> Iterator[None]:
+    """MLflow's own functions look into the store."""
+    with global_store(store.uri):
+        yield
+
+
+def test_a_run_with_a_registered_reward_says_so_everywhere(
+    store: Store, annotated: Warehouse
+) -> None:
+    pairs = collect(annotated, PREFERENCES)
+    assert pairs
+    assert {pair["reward_version"] for pair in pairs} == {"stub/1"}
+    (run_id,) = {pair["mlflow_run_id"] for pair in pairs}
+    tags = store.client.get_run(run_id).data.tags
+    assert tags["cdr.reward_version"] == "stub/1"
+    version = store.client.get_model_version_by_alias("stub", "champion")
+    assert version.tags[KEY_TAG] == tags["cdr.reward_key"] == pairs[0]["reward_key"]
+    assert version.tags["cdr_prompt_pack"].startswith("cdr-v1 ")
+    assert "Numbers from hashes." in version.description
+    assert "strong" in version.description
+    registration = store.client.get_run(version.run_id).data.tags
+    assert registration["cdr.reward_version"] == "stub/1"
+
+
+@pytest.mark.usefixtures("in_store")
+def test_predict_gives_the_rewards_of_the_run_to_the_last_bit(
+    annotated: Warehouse, tmp_path: Path
+) -> None:
+    model = mlflow.pyfunc.load_model("models:/stub@champion")
+    bad = [{"completion_id": f"bad-{i}", **row} for i, row in enumerate(BAD)]
+    # In an order that takes prompts apart, with rows among them that cannot be scored.
+    mixed = pd.DataFrame([*ROWS[::2], *bad, *ROWS[1::2]]).set_index("completion_id")
+    scored = model.predict(mixed[["prompt", "completion", "finish_reason"]])
+    assert list(scored.index) == list(mixed.index)
+    rewards = {row["completion_id"]: row for row in collect(annotated, REWARDS)}
+    assert len(rewards) == len(ROWS)
+    assert len({row["domain"] for row in rewards.values()}) > 1
+    for name, row in scored.loc[list(rewards)].iterrows():
+        stored = rewards[name]
+        assert (row["status"], row["error"]) == ("ok", "")
+        for column in ("reward", "domain", "strong_logprob", "weak_logprob", "num_tokens"):
+            assert row[column] == stored[column], (name, column)
+    for i, row in enumerate(BAD):
+        refused = scored.loc[f"bad-{i}"]
+        assert refused["status"] == "rejected"
+        assert refused["error"].startswith(f"{row['reason']}: ")
+        assert np.isnan(refused["reward"])
+        assert refused["num_tokens"] == 0
+    # The table of rejects has what the run itself refused: nothing here.
+    assert collect(annotated, REJECTS) == []
+    one_by_one = model.predict(mixed.iloc[:1], params={"placement": "sequential"})
+    assert one_by_one["reward"].iloc[0] == scored["reward"].iloc[0]
+    assert len(model.predict(mixed.iloc[:0])) == 0
+
+
+@pytest.mark.usefixtures("in_store")
+def test_a_spark_function_gives_them_too_and_loads_nothing_in_a_worker(
+    spark: SparkSession, annotated: Warehouse
+) -> None:
+    function = mlflow.pyfunc.spark_udf(spark, "models:/stub/1", env_manager="local")
+    rewards = annotated.read(REWARDS)
+    by_name = rewards.withColumn(
+        "scored", function(F.struct("prompt", "completion", "finish_reason"))
+    )
+    wrong = by_name.where(
+        "scored.reward IS DISTINCT FROM reward OR scored.status != 'ok' OR scored.error != ''"
+        " OR scored.domain IS DISTINCT FROM domain OR scored.num_tokens != num_tokens"
+    )
+    assert wrong.collect() == []
+    # In SQL, with texts for prompts, and rows that cannot be scored.
+    spark.udf.register("cdr_reward", function)
+    spark.createDataFrame(
+        [("A fox?", "Yes.", "stop"), (None, "Yes.", None), ("A fox?", "No.", None)],
+        "prompt string, completion string, finish_reason string",
+    ).createOrReplaceTempView("answers")
+    query = (
+        "SELECT s.* FROM (SELECT cdr_reward(prompt, completion, finish_reason) AS s FROM answers)"
+    )
+    statuses = [
+        (row["status"], row["error"].partition(":")[0]) for row in spark.sql(query).collect()
+    ]
+    assert statuses == [("ok", ""), ("rejected", "null_prompt"), ("ok", "")]
+    _assert_models_are_in_a_host(loaded="")
+
+
+def _assert_models_are_in_a_host(loaded: str) -> None:
+    """See that no Python worker of the session has torch, and that its engine host runs.
+
+    Args:
+        loaded: library that the host has in its memory; empty for none.
+    """
+    jvm = next(p for p in psutil.Process().children(recursive=True) if p.name() == "java")
+    workers = [
+        child
+        for child in jvm.children(recursive=True)
+        if any(
+            module in " ".join(child.cmdline()) for module in ("pyspark.daemon", "pyspark.worker")
+        )
+    ]
+    assert workers
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):  # an idle one ends by itself
+            assert not any("libtorch" in region.path for region in worker.memory_maps())
+    hosts = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"cdr.engines.host", str(jvm.pid)} <= set(process.info["cmdline"] or ())
+    ]
+    assert hosts
+    if loaded:
+        assert any(loaded in region.path for host in hosts for region in host.memory_maps())
+
+
+def test_the_same_reward_is_not_registered_twice_and_a_changed_pack_is_a_new_version(
+    registered: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    metrics = tmp_path / "benchmark.json"
+    metrics.write_text('{"rewardbench": {"safety": 0.93, "note": "text"}}')
+    registered.register("--metrics", str(metrics), "--set", "description=other words")
+    assert "nothing to register: models:/stub/1 is this reward already" in capsys.readouterr().out
+    assert registered.versions("stub") == ["1"]
+    first = registered.client.get_model_version("stub", "1")
+    assert registered.client.get_run(first.run_id).data.metrics == {"rewardbench/safety": 0.93}
+
+    pack = registered.folder / "pack.yaml"
+    before = pack.read_text()
+    registered.edit_pack(pack)
+    try:
+        registered.register("--alias", "champion", "--name", "stub")
+    finally:
+        pack.write_text(before)
+    printed = capsys.readouterr().out
+    assert "registered models:/stub/2 " in printed
+    assert "models:/stub@champion is version 2 (before: version 1)" in printed
+    first_key, second_key = (
+        registered.client.get_model_version("stub", number).tags[KEY_TAG] for number in ("1", "2")
+    )
+    assert first_key != second_key
+    config = registered.folder / "run.yaml"
+    assert load_annotation_plan(config).reward_key == second_key
+    old = load_annotation_plan(config, ["reward=models:/stub/1"])
+    assert (old.reward_key, old.reward_version) == (first_key, "stub/1")
+    registered.register("--force")
+    assert registered.versions("stub") == ["1", "2", "3"]
+    assert registered.client.get_model_version("stub", "3").tags[KEY_TAG] == first_key
+
+
+def test_a_registered_reward_that_is_not_the_same_any_more_is_refused(registered: Store) -> None:
+    config = registered.folder / "run.yaml"
+    named = "reward=models:/stub/1"
+    with pytest.raises(ConfigError, match="reduction: was mean when it was registered, is sum"):
+        load_annotation_plan(config, [named, "reward.reduction=sum"])
+    # How models are run may be said anew.
+    plan = load_annotation_plan(config, [named, "reward.models.weak.batch_tokens=99"])
+    assert plan.reward_version == "stub/1"
+
+    location = registered.client.get_model_version_download_uri("stub", "1")
+    model = Path(location.removeprefix("file://"))
+    (pack,) = model.rglob("prompt_pack.yaml")
+    before = pack.read_text()
+    registered.edit_pack(pack)
+    try:
+        with pytest.raises(ConfigError, match=r"exemplars were altered") as caught:
+            load_annotation_plan(config, [named])
+        assert caught.value.where == "models:/stub/1"
+        with pytest.raises(Exception, match="exemplars were altered"), global_store(registered.uri):
+            mlflow.pyfunc.load_model("models:/stub/1")
+    finally:
+        pack.write_text(before)
+
+    (registered.folder / "small").rename(registered.folder / "gone")
+    try:
+        with pytest.raises(CdrError, match=r"no such folder '.*small'"):
+            load_annotation_plan(config, [named])
+    finally:
+        (registered.folder / "gone").rename(registered.folder / "small")
+
+
+def test_what_does_not_exist_is_answered_with_what_does(registered: Store) -> None:
+    config = registered.folder / "run.yaml"
+
+    def error(reference: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load_annotation_plan(config, [f"reward={reference}"])
+        return str(caught.value)
+
+    missing = error("models:/stub@challenger")
+    assert "'stub' has no alias 'challenger'; aliases: @champion (version " in missing
+    assert "versions: 1" in missing
+    assert "'stub' has no version 99" in error("models:/stub/99")
+    assert "no registered model has the name 'nobody'; there are: " in error("models:/nobody@a")
+    assert "stub" in error("models:/nobody/1")
+
+
+@pytest.mark.usefixtures("in_store")
+def test_a_model_that_is_no_reward_is_refused(registered: Store) -> None:
+    run = registered.client.create_run(registered.client.create_experiment("others"))
+    registered.client.log_text(run.info.run_id, "no reward", "model/MLmodel")
+    registered.client.create_registered_model("other")
+    source = f"{run.info.artifact_uri}/model"
+    registered.client.create_model_version("other", source, run_id=run.info.run_id)
+    with pytest.raises(ConfigError, match="'other/1' is not a reward of this package"):
+        load_annotation_plan(registered.folder / "run.yaml", ["reward=models:/other/1"])
+
+
+@pytest.mark.skipif(not (DEMO_MODEL / "config.json").exists(), reason="make setup makes the model")
+def test_the_demos_models_give_the_same_rewards_in_all_three_ways(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    warehouse_folder = tmp_path / "warehouse"
+    uri = f"sqlite:///{warehouse_folder}/mlflow.db"
+    models = [
+        f"models.{role}.{key}"
+        for role in ("strong", "weak", "router")
+        for key in (f"path={DEMO_MODEL}", "dtype=float32")
+    ]
+    fixed = [*models, "routing.mode=fixed", "routing.domain=math_code"]
+    name = "smollm2-dpo-over-start"
+    arguments = [word for item in fixed for word in ("--set", item)]
+    config = str(ROOT / "conf" / "rewards" / f"{name}.yaml")
+    assert register(["--config", config, "--tracking-uri", uri, "--alias", "a", *arguments]) == 0
+
+    lines = (ROOT / "conf" / "demo" / "completions.jsonl").read_text().splitlines()[:8]
+    rows = [json.loads(line) for line in lines]
+    (tmp_path / "input.jsonl").write_text("\n".join(lines))
+    run = str(ROOT / "conf" / "annotate" / "demo.yaml")
+    changes = [f"warehouse={warehouse_folder}", f"input.path={tmp_path / 'input.jsonl'}"]
+    sets = [word for item in changes for word in ("--set", item)]
+    assert annotate_main(["--config", run, "--reward", f"models:/{name}@a", *sets]) == 0
+    warehouse = Warehouse(spark, str(warehouse_folder))
+    stored = {row["completion_id"]: row for row in collect(warehouse, REWARDS)}
+
+    with global_store(uri):
+        frame = pd.DataFrame(rows)[["prompt", "completion", "finish_reason"]]
+        predicted = mlflow.pyfunc.load_model(f"models:/{name}@a").predict(frame)
+        function = mlflow.pyfunc.spark_udf(spark, f"models:/{name}@a", env_manager="local")
+        called = {
+            row["completion_id"]: row["scored"]
+            for row in warehouse.read(REWARDS)
+            .repartition(1)
+            .select(
+                "completion_id",
+                function(F.struct("prompt", "completion", "finish_reason")).alias("scored"),
+            )
+            .collect()
+        }
+    for row, ours in zip(rows, predicted.itertuples(), strict=True):
+        expected = stored[row["completion_id"]]
+        theirs = called[row["completion_id"]]
+        assert (ours.status, theirs["status"]) == ("ok", "ok")
+        assert ours.num_tokens == theirs["num_tokens"] == expected["num_tokens"]
+        for value in (ours.reward, theirs["reward"]):
+            assert abs(value - expected["reward"]) <= 1e-4 * expected["num_tokens"]
+    _assert_models_are_in_a_host(loaded="libtorch")

@@ -13,7 +13,7 @@ from cdr.errors import ConfigError
 from cdr.evaluation_config import ONE_SECTION, EvaluateConfig, load_evaluate_config
 from cdr.evaluation_plan import dataset_name, make_sample, plan_evaluation
 from cdr.rewardbench import SECTIONS
-from tests.tokenizers import make_smollm2
+from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe
 from tests.unit.test_config import COMMIT, CONF, required_variables, reward_tree
 from tests.unit.test_rewardbench import TABLE_1
 
@@ -166,7 +166,8 @@ def test_samples_have_names_of_their_own_and_exclude_each_other() -> None:
 
 @pytest.fixture
 def stubs(tmp_path: Path) -> dict[str, Any]:
-    make_smollm2().save_pretrained(tmp_path / "tokenizer")
+    special = ("<|im_end|>", "<|im_start|>")
+    make_small_bpe(CHATML_TEMPLATE, special=special).save_pretrained(tmp_path / "tokenizer")
     folder = str(tmp_path / "tokenizer")
     models = {
         role: {"path": folder, "engine": "stub", "adapter": role, "tuned_from": "weak"}

@@ -125,8 +125,8 @@ def _check_run(data: ReportData) -> Iterator[Finding]:
         level = CUT.level(cut / summary.ok)
         yield Finding(
             level,
-            f"{cut:,} candidates ({cut / summary.ok:.0%}) were cut by the sampler's limit: their end "
-            "is not scored, and a policy trained on them does not learn to stop.",
+            f"{cut:,} candidates ({cut / summary.ok:.0%}) were cut by the sampler's limit: their "
+            "end is not scored, and a policy trained on them does not learn to stop.",
             "Sample with a higher limit, or leave them out: pairs.drop_length_stopped."
             if level
             else None,

@@ -112,6 +112,7 @@ class DomainReport:
         lengths: of the pairs.
         effect: of length on reward.
         small_margins: pairs with a margin that noise may have decided (`SMALL_MARGIN`).
+        cut: scored candidates that the sampler's limit cut off.
     """
 
     rewards: Histogram | None
@@ -122,6 +123,7 @@ class DomainReport:
     lengths: Lengths
     effect: LengthEffect
     small_margins: int
+    cut: int = 0
 
 
 UNSURE = 0.5

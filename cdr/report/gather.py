@@ -158,6 +158,7 @@ def _domain_reports(
                 (LengthEffect(row["sxx"], row["syy"], row["sxy"]) for row in ours), NO_EFFECT
             ),
             small_margins=side["small"] if side else 0,
+            cut=sum(row["cut"] for row in ours),
         )
     return found
 
@@ -176,6 +177,7 @@ def _read_prompts(rewards: DataFrame) -> dict[str, list[Row]]:
             (F.var_pop(x) * F.count(x)).alias("sxx"),
             (F.var_pop(y) * F.count(y)).alias("syy"),
             (F.covar_pop(x, y) * F.count(x)).alias("sxy"),
+            F.count_if(F.col("finish_reason") == "length").alias("cut"),
         )
     )
     routed = F.col("source").isin("router", "fallback")
@@ -188,7 +190,7 @@ def _read_prompts(rewards: DataFrame) -> dict[str, list[Row]]:
             F.count("*").alias("prompts"),
             F.count_if(routed).alias("routed"),
             F.count_if(unsure).alias("unsure"),
-            *[F.sum(name).alias(name) for name in ("sxx", "syy", "sxy")],
+            *[F.sum(name).alias(name) for name in ("sxx", "syy", "sxy", "cut")],
         )
     )
     found: dict[str, list[Row]] = defaultdict(list)

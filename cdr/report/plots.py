@@ -85,10 +85,10 @@ def draw_lengths(sample: Sequence[tuple[int, int]], *, most: int, key: str, labe
             [y for _, y in sample],
             linestyle="none",
             marker="o",
-            markersize=3.5,
+            markersize=4,
             markerfacecolor=_MAIN,
             markeredgewidth=0,
-            alpha=0.6,
+            alpha=0.75,
         )
         axes.set_xlim(0, end)
         axes.set_ylim(0, end)

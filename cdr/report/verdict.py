@@ -55,6 +55,7 @@ NO_PAIR = Limits(0.05, 0.2)  # of prompts
 SMALL_MARGINS = Limits(0.1, 0.33)  # of pairs
 UNSURE_ROUTES = Limits(0.1, 0.3)  # of routed prompts
 FALLBACKS = Limits(0.2, 0.5)  # of pairs
+CUT = Limits(0.2, 0.5)  # of scored candidates
 FEW_PAIRS = 30
 """Pairs of a domain below which its shares and medians are rough."""
 
@@ -118,6 +119,17 @@ def _check_run(data: ReportData) -> Iterator[Finding]:
             f"{summary.failed:,} candidates ({summary.failed_fraction:.1%}) have no score this "
             "time.",
             "Run the same command again: they are tried again, and nothing else is scored.",
+        )
+    cut = sum(domain.cut for domain in data.domains.values())
+    if cut:
+        level = CUT.level(cut / summary.ok)
+        yield Finding(
+            level,
+            f"{cut:,} candidates ({cut / summary.ok:.0%}) were cut by the sampler's limit: their "
+            "end is not scored, and a policy trained on them does not learn to stop.",
+            "Sample with a higher limit, or leave them out: pairs.drop_length_stopped."
+            if level
+            else None,
         )
     if not rejected and not summary.failed:
         yield Finding(Level.FINE, f"All {summary.candidates:,} candidates were scored.")

@@ -142,6 +142,9 @@ def test_length_effect_and_sides_are_those_of_the_rows(run: Run) -> None:
         assert domain.effect.slope == pytest.approx(np.polyfit(x, y, 1)[0])
         assert domain.effect.share == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
 
+        ends = [row["finish_reason"] for row in rows_of(run, REWARDS, name)]
+        assert domain.cut == ends.count("length") > 0
+
         pairs = rows_of(run, PREFERENCES, name)
         lengths = [(pair["rejected_num_tokens"], pair["chosen_num_tokens"]) for pair in pairs]
         sides = Counter(np.sign(chosen - rejected) for rejected, chosen in lengths)

@@ -212,6 +212,12 @@ def test_the_worst_finding_comes_first_and_names_what_to_do() -> None:
     assert verdict.headline == "Do not train on these pairs yet: 1 thing stands against it"
 
 
+def test_cut_candidates_are_told() -> None:
+    # 120 of the summary's 480 candidates.
+    data = make_report(("chat",), domains={"chat": make_domain(cut=120)})
+    assert levels(data, "120 candidates (25%) were cut") == [Level.LOOK]
+
+
 def test_unsure_routes_small_margins_and_mixed_engines_are_told() -> None:
     domain = make_domain(unsure=20, routed=40, small_margins=40)
     data = make_report(("chat",), domains={"chat": domain}, engine_versions=("torch 1", "torch 2"))

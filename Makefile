@@ -69,7 +69,7 @@ no-vllm:
 BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 
 setup-browser: ## Add Chromium for the report page's tests, where apt-get may (a minute)
-	@if test -n "$(BROWSER)$$CDR_BROWSER"; then exit 0; fi; \
+	@if test -n "$(BROWSER)$${CDR_BROWSER:-}"; then exit 0; fi; \
 	if test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
 	  echo "installing chromium"; \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from cdr.errors import CdrError
+from cdr.errors import CdrError, InputError
 from cdr.unreadable import explain_unreadable
 
 OK, FAILED, BAD_INPUT, OVER_THRESHOLD, STOPPED = 0, 1, 2, 3, 4
@@ -56,17 +56,43 @@ def make_wave_parser(
     """
     parser = make_parser(description, config=config, epilog=f"{epilog}\n\n{EXIT_CODES}")
     add = parser.add_argument
-    add("--limit", type=_positive, metavar="N", help=f"try N prompts; {limit}")
+    add("--limit", type=positive, metavar="N", help=f"try N prompts; {limit}")
     hours = "stop after the wave in flight at this age"
     add("--max-hours", type=float, metavar="H", help=hours)
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a whole number of at least 1 from a command line."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def add_warehouse(parser: argparse.ArgumentParser) -> None:
+    """Let a command line name a warehouse, for jobs that carry out no config."""
+    add = parser.add_argument
+    add("--warehouse", required=True, metavar="DIR", help="folder or URI of the tables")
+    place = "another place of a table, as `tables` in a config: a path or a catalog name"
+    add("--place", action="append", default=[], metavar="TABLE=PLACE", help=place)
+
+
+def table_places(args: argparse.Namespace) -> dict[str, str]:
+    """Give the places of tables that a command line names.
+
+    Raises:
+        InputError: one is not `TABLE=PLACE`.
+    """
+    pairs = [item.partition("=")[::2] for item in args.place]
+    wrong = [item for item, (table, place) in zip(args.place, pairs, strict=True)
+             if not (table and place)]  # fmt: skip
+    if wrong:
+        raise InputError(
+            f"--place {wrong[0]}: expected TABLE=PLACE",
+            fix="for example --place preferences=main.cdr.preferences",
+        )
+    return dict(pairs)
 
 
 def overrides(args: argparse.Namespace) -> Sequence[str]:

@@ -67,16 +67,20 @@ class Warehouse:
             return bool(DeltaTable.isDeltaTable(self.spark, place))
         return bool(self.spark.catalog.tableExists(place))
 
-    def read(self, table: Table) -> DataFrame:
+    def read(self, table: Table, *, version: int | None = None) -> DataFrame:
         """Read a table; an empty frame of the right schema where it does not exist yet.
 
+        Args:
+            table: the table.
+            version: Delta version to read; None for the latest.
+
         Raises:
-            TableError: the table has another schema version, or lacks columns.
+            TableError: the table has another schema version, or lacks columns; there is no such
+                Delta version, or it has been vacuumed away.
         """
         if not self.exists(table):
             return self.spark.createDataFrame([], table.schema())
-        self._check(table)
-        rows: DataFrame = self._delta(table).toDF()
+        rows = self.delta(table).toDF() if version is None else self._at_version(table, version)
         return rows.select(*table.names())
 
     def read_one_per_key(self, table: Table) -> DataFrame:
@@ -115,6 +119,46 @@ class Warehouse:
             return overwrite.option("replaceWhere", condition)
 
         self._commit(table, writer, max_tries)
+
+    def delta(self, table: Table) -> DeltaTable:
+        """Open an existing table for what Delta knows of it: its details and its history.
+
+        Raises:
+            TableError: there is none, or it has another schema version, or lacks columns.
+        """
+        self._check(table)
+        return self._delta(table)
+
+    def change(self, table: Table, operation: Callable[[DeltaTable], object]) -> None:
+        """Carry out an operation of Delta's on an existing table, in one atomic commit.
+
+        Args:
+            table: the table.
+            operation: it commits once or not at all, and is right whatever the table holds by then
+                (`cdr.commits`), as a deletion by key or a compaction is.
+
+        Raises:
+            TableError: as `delta`, or other runs' writes came first each time.
+        """
+
+        def write() -> None:
+            operation(self.delta(table))
+
+        commit(write, table=table.name, lock=self._lock(table))
+
+    def schema_version(self, table: Table) -> str | None:
+        """Give the schema version that an existing table says it has; None: a foreign table."""
+        detail = self._delta(table).detail().select("properties").first()
+        found: str | None = (detail["properties"] if detail else {}).get(VERSION_PROPERTY)
+        return found
+
+    def set_schema_version(self, table: Table, version: int) -> None:
+        """Note on an existing table that its columns are now those of this schema version."""
+        self.spark.sql(
+            f"ALTER TABLE {self.sql_name(table)} "
+            f"SET TBLPROPERTIES ('{VERSION_PROPERTY}' = '{version}')"
+        )
+        self._checked.discard(table.name)
 
     def version(self, table: Table) -> int | None:
         """Give the latest Delta version; None where the table does not exist."""
@@ -202,17 +246,16 @@ class Warehouse:
     def _check(self, table: Table) -> None:
         if table.name in self._checked:
             return
-        delta = self._delta(table)
-        detail = delta.detail().select("properties").first()
-        found = (detail["properties"] if detail else {}).get(VERSION_PROPERTY)
+        found = self.schema_version(table)
         if found != str(SCHEMA_VERSION):
             raise TableError(
                 f"table '{table.name}' has schema version {found or 'none'}, "
                 f"this program reads and writes version {SCHEMA_VERSION}",
                 where=self.place(table),
-                fix="use another warehouse, or the program's version that wrote this one",
+                fix="older tables: jobs/maintain.py migrate; else another warehouse, or the "
+                "program's version that wrote this one",
             )
-        present = delta.toDF().columns
+        present = self._delta(table).toDF().columns
         missing = [name for name in table.names() if name not in present]
         if missing:
             raise TableError(
@@ -221,6 +264,20 @@ class Warehouse:
                 fix="use another warehouse",
             )
         self._checked.add(table.name)
+
+    def _at_version(self, table: Table, version: int) -> DataFrame:
+        self._check(table)
+        place = self.place(table)
+        reader = self.spark.read.option("versionAsOf", version)
+        try:
+            return reader.format("delta").load(place) if _is_path(place) else reader.table(place)
+        except AnalysisException as error:
+            raise TableError(
+                f"version {version} of the table '{table.name}' cannot be read: "
+                f"{str(error).splitlines()[0]}",
+                where=place,
+                fix=f"DESCRIBE HISTORY {self.sql_name(table)} lists the versions",
+            ) from None
 
     def _delta(self, table: Table) -> DeltaTable:
         from delta.tables import DeltaTable

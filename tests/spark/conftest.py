@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from tests.spark.annotated import Annotated, annotate_small
+
 LOCAL_CONF = Path(__file__).resolve().parents[2] / "conf" / "cluster" / "local.conf"
 
 
@@ -32,3 +34,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         session.sparkContext.setLogLevel("ERROR")
         yield session
         session.stop()
+
+
+@pytest.fixture(scope="session")
+def annotated(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Annotated:
+    """A small annotated warehouse, only to be read; `copy` gives one to change."""
+    return annotate_small(spark, tmp_path_factory.mktemp("annotated"))

@@ -1,0 +1,269 @@
+"""A forgotten prompt is in no table; what it shared with others is; the receipt is true.
+
+What has to go is worked out here from the rows as another reader gives them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from cdr.errors import InputError, TableError
+from cdr.forgetting import BY_ID, NO_PROMPTS, Forgetting, Receipt, Request
+from cdr.maintenance import compact
+from cdr.tables import COMPLETIONS, LOGPROBS, PREFERENCES, ROUTES, TABLES, Table
+from cdr.warehouse import Warehouse
+from jobs.maintain import main
+from tests.spark.annotated import Annotated
+
+Key = tuple[str, bytes, bytes]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A copy of the annotated warehouse, with sampled completions of p0, p5 and `twin` in it."""
+
+    annotated: Annotated
+    warehouse: Warehouse
+
+    def rows(self, table: Table) -> list[dict[str, Any]]:
+        return self.annotated.rows(table.name)
+
+    def forget(self, *ids: str, **more: Any) -> Receipt:
+        with Forgetting(self.warehouse, Request(prompt_ids=ids, **more)) as forgetting:
+            return forgetting.carry_out(forgetting.plan())
+
+
+@pytest.fixture
+def place(spark: SparkSession, annotated: Annotated, tmp_path: Path) -> Place:
+    copy = annotated.copy(tmp_path)
+    warehouse = Warehouse(spark, str(copy.warehouse))
+    rewards = {row["prompt_id"]: row for row in copy.rows("rewards")}
+    sampled = [
+        {
+            "dataset": "demo", "prompt_id": name, "completion_id": f"{name}-1", "domain": None,
+            "prompt": rewards[name]["prompt"], "completion": "as sampled",
+            "finish_reason": "stop", "num_tokens": 2, "seed": 1, "sampling_key": "k",
+            "run_id": "r",
+        }
+        for name in ("p0", "p5", "twin")
+    ]  # fmt: skip
+    rows = [tuple(row[name] for name in COMPLETIONS.names()) for row in sampled]
+    warehouse.append(COMPLETIONS, spark.createDataFrame(rows, COMPLETIONS.schema()))
+    return Place(copy, warehouse)
+
+
+def keys_of(rewards: list[dict[str, Any]]) -> set[Key]:
+    return {
+        (term["model_key"], bytes(term["prefix_hash"]), bytes(term["completion_hash"]))
+        for row in rewards
+        for term in (row["terms"] or {}).values()
+    }
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    return row["model_key"], bytes(row["prefix_hash"]), bytes(row["completion_hash"])
+
+
+def test_every_table_is_thought_of() -> None:
+    assert {*BY_ID, ROUTES, LOGPROBS, *NO_PROMPTS} == set(TABLES)
+
+
+def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(
+    spark: SparkSession, place: Place
+) -> None:
+    nobodys = ("m" * 64, bytes(16), bytes(16), -1.0, 1, 1, None, "v", "r")
+    place.warehouse.append(LOGPROBS, spark.createDataFrame([nobodys], LOGPROBS.schema()))
+    before = {table.name: place.rows(table) for table in TABLES}
+    gone = {"p0", "p3", "p5", "lonely"}
+    rewards = before["rewards"]
+    mine = [row for row in rewards if row["prompt_id"] in gone]
+    others = [row for row in rewards if row["prompt_id"] not in gone]
+    keys = keys_of(mine) - keys_of(others)
+    hashes = {row["prompt_hash"] for row in mine} - {row["prompt_hash"] for row in others}
+    # The twin has the prompt and the completions of p0, and keeps what is theirs in common.
+    assert keys
+    assert keys_of(mine) & keys_of(others)
+    assert len(hashes) == 3
+    receipt = place.forget(*gone)
+
+    after = {table.name: place.rows(table) for table in TABLES}
+    expected = {
+        "logprobs": [row for row in before["logprobs"] if key_of(row) not in keys],
+        "routes": [row for row in before["routes"] if row["prompt_hash"] not in hashes],
+        "runs": before["runs"],
+    }
+    expected |= {
+        table.name: [row for row in before[table.name] if row["prompt_id"] not in gone]
+        for table in BY_ID
+    }
+    for name, rows in expected.items():
+        assert sorted(map(repr, after[name])) == sorted(map(repr, rows)), name
+        is_touched = len(rows) < len(before[name])
+        assert is_touched == (name != "runs"), f"{name} had nothing to forget"
+    everything = repr(after)
+    texts = [row["prompt"][0]["content"] for row in mine if row["prompt_id"] != "p0"]
+    texts += [row["completion"] for row in mine if row["prompt_id"] != "p0"]
+    assert not [text for text in texts if text in everything]
+
+    counted = {table.table: table.rows for table in receipt.tables}
+    assert counted == {
+        name: len(before[name]) - len(rows) for name, rows in expected.items() if name != "runs"
+    }
+    shared = {table.table: table.kept_shared for table in receipt.tables}
+    assert shared["logprobs"] == len(keys_of(mine) & keys_of(others))
+    kept_hash = {row["prompt_hash"] for row in mine} - hashes
+    assert shared["routes"] == sum(row["prompt_hash"] in kept_hash for row in before["routes"]) > 0
+    assert receipt.num_found == 4
+    assert (receipt.unclaimed, receipt.unclaimed_deleted) == (1, False)
+
+    receipt = place.forget("p6", unclaimed=True)
+    assert (receipt.unclaimed, receipt.unclaimed_deleted) == (1, True)
+    # All that is left belongs to somebody.
+    assert {key_of(row) for row in place.rows(LOGPROBS)} == keys_of(place.annotated.rows("rewards"))
+
+
+def test_the_receipt_names_the_versions_that_still_hold_the_rows_and_until_when(
+    place: Place, tmp_path: Path
+) -> None:
+    before = {table.name: place.annotated.version(table.name) for table in TABLES}
+    start = dt.datetime.now(dt.UTC).replace(microsecond=0)
+    receipt = place.forget("p5", "nobody")
+    (file,) = (place.annotated.warehouse / "_receipts").iterdir()
+    stored = json.loads(file.read_text())
+    assert (stored["outcome"], stored["num_found"]) == ("done", 1)
+    assert stored["prompt_ids_sha256"] == [
+        hashlib.sha256(name.encode()).hexdigest() for name in ("nobody", "p5")
+    ]
+    assert '"p5"' not in file.read_text()
+    for table in receipt.tables:
+        if not table.rows:
+            assert table.version_after is None
+            continue
+        assert table.version_before == before[table.table]
+        assert table.version_after == place.annotated.version(table.table)
+        assert table.version_after > table.version_before
+        assert table.oldest_version == 0
+        for text, days in ((table.files_gone_after, 7), (table.log_gone_after, 30)):
+            assert text is not None
+            then = dt.datetime.fromisoformat(text) - dt.timedelta(days=days)
+            assert start <= then <= dt.datetime.now(dt.UTC)
+    old = place.annotated.rows("preferences", before["preferences"])
+    assert any(row["prompt_id"] == "p5" for row in old), "an old version has it still"
+    # Delta's log keeps the conditions of what it was asked to do.
+    log = place.annotated.warehouse / "preferences" / "_delta_log"
+    version = place.annotated.version("preferences")
+    commit = (log / f"{version:020}.json").read_text().splitlines()
+    info = next(line for line in commit if "commitInfo" in line)
+    assert "p5" not in info
+    assert not (place.annotated.warehouse / "_staging").exists() or not list(
+        (place.annotated.warehouse / "_staging").iterdir()
+    )
+
+
+def test_a_dry_run_says_what_would_go_and_nothing_goes(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tmp_path / "ids.txt"
+    ids.write_text("p5\n\n  p6  \n")
+    before = {table.name: place.annotated.version(table.name) for table in TABLES}
+    command = ["forget", "--warehouse", str(place.annotated.warehouse)]
+    assert main([*command, "--prompt-ids-file", str(ids), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 prompt ids have rows, in every dataset" in printed
+    assert before == {table.name: place.annotated.version(table.name) for table in TABLES}
+    assert not (place.annotated.warehouse / "_receipts").exists()
+    pairs = [row for row in place.rows(PREFERENCES) if row["prompt_id"] in ("p5", "p6")]
+    (line,) = [line for line in printed.splitlines() if line.startswith("preferences")]
+    assert line.split()[1] == str(len(pairs))
+
+
+def sampled(spark: SparkSession, folder: Path, *datasets: str) -> Place:
+    """A warehouse that has samples of p5 and p6 in each dataset, and nothing else."""
+    warehouse = Warehouse(spark, str(folder / "warehouse"))
+    rows = [
+        (name, prompt, f"{prompt}-1", None, [("user", "Hm?")], "Yes.", "stop", 2, 1, "k", "r")
+        for name in datasets
+        for prompt in ("p5", "p6")
+    ]
+    warehouse.append(COMPLETIONS, spark.createDataFrame(rows, COMPLETIONS.schema()))
+    return Place(Annotated(folder / "warehouse", folder), warehouse)
+
+
+def test_the_same_id_of_another_dataset_stays_when_one_is_named(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    place = sampled(spark, tmp_path, "demo", "other", "demo.limit-20", "demo2", "xdemo")
+    place.forget("p5", dataset="demo")
+    left = {row["dataset"] for row in place.rows(COMPLETIONS) if row["prompt_id"] == "p5"}
+    assert left == {"other", "demo2", "xdemo"}
+    assert sum(row["prompt_id"] == "p6" for row in place.rows(COMPLETIONS)) == 5
+
+
+def test_a_deletion_that_was_cut_off_is_finished_by_the_same_command(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Warehouse.change
+
+    def change(self: Warehouse, table: Table, operation: Any) -> None:
+        if table == PREFERENCES:
+            raise RuntimeError("killed")
+        whole(self, table, operation)
+
+    monkeypatch.setattr(Warehouse, "change", change)
+    with pytest.raises(RuntimeError, match="killed"):
+        place.forget("p5")
+    (receipt,) = (place.annotated.warehouse / "_receipts").iterdir()
+    assert json.loads(receipt.read_text())["outcome"] == "begun"
+    monkeypatch.undo()
+    before = len(place.rows(LOGPROBS))
+    done = place.forget("p5")
+    assert done.outcome == "done"
+    assert len(place.rows(LOGPROBS)) == before, "these had gone before"
+    assert all("p5" not in {row["prompt_id"] for row in place.rows(table)} for table in BY_ID)
+
+
+def test_rows_that_another_run_writes_meanwhile_are_noticed(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = sampled(spark, tmp_path, "demo")
+    whole = Warehouse.change
+
+    def change(self: Warehouse, table: Table, operation: Any) -> None:
+        whole(self, table, operation)
+        sampled(spark, tmp_path, "demo")
+
+    monkeypatch.setattr(Warehouse, "change", change)
+    with pytest.raises(TableError, match="'completions' has rows of these prompts again"):
+        place.forget("p5")
+
+
+def test_rows_marked_as_deleted_are_taken_out_of_the_tables_files(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    place = sampled(spark, tmp_path, "demo")
+    name = place.warehouse.sql_name(COMPLETIONS)
+    spark.sql(f"ALTER TABLE {name} SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')")
+    compact(place.warehouse, COMPLETIONS)  # both rows in one file, so that one is marked in it
+    place.forget("p5")
+    # Whoever reads the table's files alone must not find the row.
+    files = place.warehouse.delta(COMPLETIONS).toDF().inputFiles()
+    assert [row["prompt_id"] for row in spark.read.parquet(*files).collect()] == ["p6"]
+
+
+def test_without_ids_nothing_is_done(place: Place, tmp_path: Path) -> None:
+    command = ["forget", "--warehouse", str(place.annotated.warehouse)]
+    with pytest.raises(InputError, match="no prompt ids"):
+        main(command)
+    with pytest.raises(InputError, match="cannot be read"):
+        main([*command, "--prompt-ids-file", str(tmp_path / "none")])
+    with pytest.raises(InputError, match="no table to look after"):
+        main(["forget", "--warehouse", str(tmp_path / "empty"), "--prompt-id", "p5"])

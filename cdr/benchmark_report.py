@@ -28,7 +28,7 @@ Level = Literal["subset", "section", "overall", "domain", "length", "length_prio
 Verdict = Literal["above chance", "not above chance", "below chance"]
 
 JUDGED_COLUMNS: Final = (
-    "pair_id",
+    "prompt_id",
     "section",
     "subset",
     "domain",

@@ -58,7 +58,7 @@ def load_judged(warehouse: Warehouse, dataset: str, reward: str) -> Judged:
 def collect_judged(rows: DataFrame) -> Judged:
     """Bring judged pairs to the driver, numbers and names only, in the order of their ids."""
     found: Judged = rows.select(*JUDGED_COLUMNS).toPandas()
-    return found.sort_values("pair_id", ignore_index=True)
+    return found.sort_values("prompt_id", ignore_index=True)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compare_judged(
         InputError: no pair has a verdict by both.
     """
     ok_a, ok_b = (rows[rows["status"] == "ok"] for rows in (a, b))
-    both = ok_a.merge(ok_b[["pair_id", "margin"]], on="pair_id", suffixes=("_a", "_b"))
+    both = ok_a.merge(ok_b[["prompt_id", "margin"]], on="prompt_id", suffixes=("_a", "_b"))
     if both.empty:
         raise InputError(
             f"no pair was judged by both '{names[0]}' and '{names[1]}'",

@@ -173,7 +173,7 @@ def _annotate_config(config: EvaluateConfig, name: str, sample: Sample | None) -
             version=source.version,
             layout="ab",
             columns=ColumnsSpec(
-                completion="chosen", completion_b="rejected", prompt_id="pair_id", domain="domain"
+                completion="chosen", completion_b="rejected", prompt_id="prompt_id", domain="domain"
             ),
         ),
         reward=config.reward_of(name),

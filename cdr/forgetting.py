@@ -2,7 +2,7 @@
 
 A person's prompts stand in many places, under three kinds of key:
 
-    by prompt_id     completions, rewards, preferences, unpaired, rejects
+    by prompt_id     completions, rewards, preferences, unpaired, rejects, benchmark_pairs
     by prompt_hash   routes: the hash of the text, which another prompt_id may share
     by token ids     logprobs: the hashes that a reward's `terms` name, shared likewise
 
@@ -37,14 +37,23 @@ from cdr.inputs import prompt_hash
 from cdr.maintenance import read_history, read_retention
 from cdr.runs import new_run_id
 from cdr.staging import Staging
-from cdr.tables import COMPLETIONS, LOGPROBS, REWARDS, ROUTES, RUNS, TABLES, Table
+from cdr.tables import (
+    BENCHMARK_RESULTS,
+    COMPLETIONS,
+    LOGPROBS,
+    REWARDS,
+    ROUTES,
+    RUNS,
+    TABLES,
+    Table,
+)
 from cdr.text_table import render_table
 from cdr.warehouse import Warehouse
 
 BY_ID = tuple(table for table in TABLES if {"dataset", "prompt_id"} <= set(table.names()))
 """Tables whose rows belong to one prompt_id of one dataset."""
-NO_PROMPTS = (RUNS,)
-"""Tables that hold nothing of a prompt: configs, counts and versions."""
+NO_PROMPTS = (RUNS, BENCHMARK_RESULTS)
+"""Tables that hold nothing of a prompt: configs, counts, versions and accuracies."""
 
 _OWNER = ["dataset", "prompt_id"]
 _DERIVED_ID = re.compile(r"[0-9a-f]{64}")  # of a prompt without an id: its hash

@@ -39,8 +39,8 @@ def load_pairs(plan: EvaluationPlan, run: Context) -> DataFrame:
     """Read the input once as one row per pair; a sample is taken here, of the pairs that fit.
 
     Returns:
-        pair_id (unique), prompt (messages), chosen, rejected (texts), section, subset, domain, and
-        reason and detail (null for pairs that fit). Of a sample, pairs that do not fit are left to
+        prompt_id (the pair's, unique), prompt (messages), chosen, rejected (texts), section, subset,
+        domain, and reason and detail (null for pairs that fit). Of a sample, pairs that do not fit are left to
         the message that names them.
 
     Raises:
@@ -181,7 +181,7 @@ def _named(rows: DataFrame) -> DataFrame:
         )
         .withColumn("nth", F.row_number().over(same))
         .select(
-            F.concat("base", F.coalesce(behind, F.lit(""))).alias("pair_id"),
+            F.concat("base", F.coalesce(behind, F.lit(""))).alias("prompt_id"),
             "prompt", "chosen", "rejected", "section", "subset", "domain", "reason", "detail",
         )
     )  # fmt: skip
@@ -189,7 +189,9 @@ def _named(rows: DataFrame) -> DataFrame:
 
 def _draw(pairs: DataFrame, sample: Sample) -> DataFrame:
     """Take pairs by hash; for `quick`, sections and the subsets in them take turns."""
-    drawn = pairs.withColumn("_hash", F.sha2(F.concat_ws(":", F.lit(sample.seed), "pair_id"), 256))
+    drawn = pairs.withColumn(
+        "_hash", F.sha2(F.concat_ws(":", F.lit(sample.seed), "prompt_id"), 256)
+    )
     order = [F.col("_hash")]
     if sample.kind == "quick":
         in_subset = Window.partitionBy("section", "subset").orderBy("_hash")
@@ -211,10 +213,10 @@ def split_pairs(pairs: DataFrame, run: Context) -> DataFrame:
         The columns of `cdr.inputs.read_candidates`.
     """
     plan = run.plan
-    rows = pairs.select("pair_id", "prompt", "chosen", "rejected", "section", "subset", "domain")
+    rows = pairs.select("prompt_id", "prompt", "chosen", "rejected", "section", "subset", "domain")
     candidates = make_candidates(rows, plan.config.input, domains=plan.given_domains)
     unfit = pairs.where("reason IS NOT NULL").select(
-        F.col("pair_id").alias("prompt_id"),
+        "prompt_id",
         F.col("reason").alias("_reason"),
         F.col("detail").alias("_detail"),
     )
@@ -247,21 +249,19 @@ def judge_pairs(
     def side(which: str, name: str) -> DataFrame:
         columns = ("reward", "num_tokens", "status", "error")
         return rewards.where(F.col("completion_id") == which).select(
-            F.col("prompt_id").alias("pair_id"),
+            "prompt_id",
             *[F.col(column).alias(f"{name}_{column}") for column in columns],
         )
 
-    prompts = rewards.groupBy(F.col("prompt_id").alias("pair_id")).agg(
+    prompts = rewards.groupBy("prompt_id").agg(
         F.first("prompt_hash").alias("prompt_hash"),
         F.first("domain").alias("domain"),
         F.first("domain_source").alias("domain_source"),
     )
-    refused = rejects.groupBy(F.col("prompt_id").alias("pair_id")).agg(
-        F.min("reason").alias("refused")
-    )
-    joined = pairs.select("pair_id", "section", "subset")
+    refused = rejects.groupBy("prompt_id").agg(F.min("reason").alias("refused"))
+    joined = pairs.select("prompt_id", "section", "subset")
     for other in (prompts, side(CHOSEN, "chosen"), side(REJECTED, "rejected"), refused):
-        joined = joined.join(other, on="pair_id", how="left")
+        joined = joined.join(other, on="prompt_id", how="left")
     margin = F.col("chosen_reward") - F.col("rejected_reward")
     status = (
         F.when(F.col("refused").isNotNull(), "rejected")

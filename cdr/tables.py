@@ -262,11 +262,15 @@ COMPLETIONS = Table(
 BENCHMARK_PAIRS = Table(
     "benchmark_pairs",
     "labelled pair × reward × benchmark",
-    ("dataset", "reward_key", "pair_id"),
+    ("dataset", "reward_key", "prompt_id"),
     (
         ("dataset", "string", "Name of the benchmark"),
         ("reward_key", "string", "Hash of all that decides the reward's numbers, domains included"),
-        ("pair_id", "string", "Subset and id of the input, or derived from the pair's content"),
+        (
+            "prompt_id",
+            "string",
+            "Pair: its subset and id, or derived from its content; as in rewards",
+        ),
         ("reward_name", "string", "Name of the reward configuration, or of its row in a table"),
         ("section", "string", "Section of the benchmark; `unknown` where it has none"),
         ("subset", "string", "Subset in the section"),

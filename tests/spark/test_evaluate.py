@@ -141,12 +141,12 @@ def test_every_pair_comes_back_under_every_reward_with_a_verdict_or_a_reason(don
     )
     for key in keys:
         left_out = {
-            row["pair_id"]: row["reason"]
+            row["prompt_id"]: row["reason"]
             for row in pairs
             if row["reward_key"] == key and row["status"] != "ok"
         }
         assert left_out == {name: reason for name, (_, reason) in BAD.items()}
-    assert {row["section"] for row in pairs if row["pair_id"] == "poetry/0"} == {"unknown"}
+    assert {row["section"] for row in pairs if row["prompt_id"] == "poetry/0"} == {"unknown"}
     assert all(row["outcome"] is None for row in pairs if row["status"] != "ok")
 
 
@@ -158,8 +158,8 @@ def test_a_verdict_is_the_strict_comparison_of_the_rewards_table(done: Done) -> 
     judged = [row for row in done.tables[0]["benchmark_pairs"] if row["status"] == "ok"]
     assert len(judged) == 2 * len(GOOD)
     for row in judged:
-        chosen, rejected = (rewards[row["reward_key"], row["pair_id"], w] for w in ("a", "b"))
-        original = next(p for p in GOOD if f"{p['subset']}/{p['id']}" == row["pair_id"])
+        chosen, rejected = (rewards[row["reward_key"], row["prompt_id"], w] for w in ("a", "b"))
+        original = next(p for p in GOOD if f"{p['subset']}/{p['id']}" == row["prompt_id"])
         assert (chosen["completion"], rejected["completion"]) == (
             original["chosen"], original["rejected"]
         )  # fmt: skip
@@ -219,7 +219,7 @@ def test_rewards_share_the_store_and_a_second_run_scores_nothing(done: Done) -> 
     # Where the router was right, the oracle's questions are in the store.
     oracle = done.plans[0].oracle
     right = {
-        row["pair_id"]
+        row["prompt_id"]
         for row in first["benchmark_pairs"]
         if row["reward_name"] == "cdr" and row["domain"] == oracle.get(row["section"], "none")
     }
@@ -311,7 +311,7 @@ def test_pairs_of_any_table_need_no_section_and_no_id(
     assert {row["section"] for row in found} == {"All"}
     (broken,) = [row for row in found if row["reason"]]
     assert broken["reason"] == "bad_messages"
-    first, second = sorted(row["pair_id"] for row in found if not row["reason"])
+    first, second = sorted(row["prompt_id"] for row in found if not row["reason"])
     assert second == f"{first}-2"
     assert {(row["chosen"], row["rejected"]) for row in found if not row["reason"]} == {
         ("this", "that")
@@ -360,7 +360,7 @@ def test_real_pairs_come_back_whole_and_are_judged(
     assert Counter((row["section"], row["subset"]) for row in found) == Counter(
         (line["section"], line["subset"]) for line in lines
     )
-    assert len({row["pair_id"] for row in found}) == len(lines)
+    assert len({row["prompt_id"] for row in found}) == len(lines)
     (plan,) = plan_evaluation(config, sample=make_sample(config, limit=None, quick=True))
     warehouse = Warehouse(spark, config.warehouse)
     assert evaluate([plan], warehouse) == 0

@@ -44,7 +44,7 @@ def pair(
 
 
 def judged(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    named = [{"pair_id": f"{number:04d}", **row} for number, row in enumerate(rows)]
+    named = [{"prompt_id": f"{number:04d}", **row} for number, row in enumerate(rows)]
     return pd.DataFrame(named, columns=list(JUDGED_COLUMNS))
 
 

@@ -39,9 +39,9 @@ def load_pairs(plan: EvaluationPlan, run: Context) -> DataFrame:
     """Read the input once as one row per pair; a sample is taken here, of the pairs that fit.
 
     Returns:
-        prompt_id (the pair's, unique), prompt (messages), chosen, rejected (texts), section, subset,
-        domain, and reason and detail (null for pairs that fit). Of a sample, pairs that do not fit are left to
-        the message that names them.
+        prompt_id (the pair's, unique), prompt (messages), chosen, rejected (texts), section,
+        subset, domain, and reason and detail (null for pairs that fit). Of a sample, pairs that do
+        not fit are left to the message that names them.
 
     Raises:
         InputError: the input is missing, unreadable, empty, lacks a column, or has no pair that

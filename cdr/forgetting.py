@@ -192,7 +192,6 @@ class Forgetting:
         self._id = new_run_id()
         self._staging = Staging(warehouse.spark, warehouse.root, self._id)
         self._keys: dict[str, DataFrame] = {}
-        self._read: dict[str, DataFrame] = {}
 
     def __enter__(self) -> Forgetting:
         self._staging.__enter__()
@@ -272,7 +271,6 @@ class Forgetting:
                 planned = self._after(table, planned)
             tables.append(planned)
         receipt = replace(plan, outcome="done", tables=tables)
-        self._read.clear()
         for table in self._tables():
             left = self._matching(table, self._keys[table.name])
             if not left.isEmpty():
@@ -298,10 +296,7 @@ class Forgetting:
         return [by_name[name] for name in self._keys if self._warehouse.exists(by_name[name])]
 
     def _rows(self, table: Table) -> DataFrame:
-        """Read a table; only once before the deletion, as looking at its log takes a while."""
-        if table.name not in self._read:
-            self._read[table.name] = self._warehouse.read(table)
-        return self._read[table.name]
+        return self._warehouse.read(table)
 
     def _stage(self, name: str, keys: DataFrame) -> DataFrame:
         return self._staging.write(name, keys.distinct())

@@ -128,7 +128,7 @@ class RewardModel:
                 fix="see docs/how-to/registry.md",
             )
         engines = self._plan.engines
-        sets = [(engine,) for engine in engines]
+        sets: list[tuple[EngineSpec, ...]] = [(engine,) for engine in engines]
         if placement == "colocated":
             sets = [share_device(engines)]
         read = [self._read(row) for row in rows]

@@ -42,7 +42,8 @@ class RewardPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             numbers are NaN, num_tokens is 0 and texts are empty: MLflow casts every column for
             Spark, where an integer that is null would be an error and a text "None".
         """
-        rows = self._model.score(model_input.to_dict("records"), **(params or {}))
+        given: list[Any] = model_input.to_dict("records")
+        rows = self._model.score(given, **(params or {}))
         return pd.DataFrame(
             {
                 "reward": pd.Series([row.reward for row in rows], dtype="float64"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -238,13 +239,16 @@ def _log_model(plan: RewardPlan, run_id: str) -> str:
         reward = Path(folder) / "reward"
         reward.mkdir()
         write_reward(plan, reward)
-        info = mlflow.pyfunc.log_model(
-            name="reward",
-            python_model=str(_MODEL_CODE),
-            artifacts={"reward": str(reward)},
-            signature=signature,
-            pip_requirements=_requirements(),
-        )
+        with warnings.catch_warnings():
+            # MLflow asks for an example of the input, with which it would load the models here.
+            warnings.simplefilter("ignore", UserWarning)
+            info = mlflow.pyfunc.log_model(
+                name="reward",
+                python_model=str(_MODEL_CODE),
+                artifacts={"reward": str(reward)},
+                signature=signature,
+                pip_requirements=_requirements(),
+            )
     return str(info.model_uri)
 
 

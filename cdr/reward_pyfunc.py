@@ -9,7 +9,7 @@ weights are loaded in the process that calls `predict`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -42,7 +42,7 @@ class RewardPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             numbers are NaN, num_tokens is 0 and texts are empty: MLflow casts every column for
             Spark, where an integer that is null would be an error and a text "None".
         """
-        given = cast("list[dict[str, Any]]", model_input.to_dict("records"))
+        given: list[Any] = model_input.to_dict("records")
         rows = self._model.score(given, **(params or {}))
         return pd.DataFrame(
             {

@@ -19,7 +19,16 @@ from pyspark.sql import SparkSession
 from cdr.errors import InputError, TableError
 from cdr.forgetting import BY_ID, NO_PROMPTS, Forgetting, Receipt, Request
 from cdr.maintenance import compact
-from cdr.tables import COMPLETIONS, LOGPROBS, PREFERENCES, ROUTES, TABLES, Table
+from cdr.tables import (
+    BENCHMARK_PAIRS,
+    BENCHMARK_RESULTS,
+    COMPLETIONS,
+    LOGPROBS,
+    PREFERENCES,
+    ROUTES,
+    TABLES,
+    Table,
+)
 from cdr.warehouse import Warehouse
 from jobs.maintain import main
 from tests.spark.annotated import Annotated
@@ -29,7 +38,7 @@ Key = tuple[str, bytes, bytes]
 
 @dataclass(frozen=True)
 class Place:
-    """A copy of the annotated warehouse, with sampled completions of p0, p5 and `twin` in it."""
+    """A copy of the annotated warehouse, in which p0, p5 and `twin` were also sampled and judged."""
 
     annotated: Annotated
     warehouse: Warehouse
@@ -58,6 +67,13 @@ def place(spark: SparkSession, annotated: Annotated, tmp_path: Path) -> Place:
     ]  # fmt: skip
     rows = [tuple(row[name] for name in COMPLETIONS.names()) for row in sampled]
     warehouse.append(COMPLETIONS, spark.createDataFrame(rows, COMPLETIONS.schema()))
+    key = {"dataset": "demo", "reward_key": "k"}
+    for table, known in (
+        (BENCHMARK_PAIRS, [{**key, "prompt_id": name} for name in ("p0", "p5", "twin")]),
+        (BENCHMARK_RESULTS, [{**key, "level": "overall"}]),
+    ):
+        values = [tuple(row.get(name) for name in table.names()) for row in known]
+        warehouse.append(table, spark.createDataFrame(values, table.schema()))
     return Place(copy, warehouse)
 
 

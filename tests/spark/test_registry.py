@@ -41,8 +41,12 @@ DEMO_MODEL = (
     / "models" / "smollm2-135m-instruct"
 )  # fmt: skip
 
-# Of MLflow itself, under pandas and pydantic as they are installed here.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+# Of MLflow itself: old pandas and pydantic calls, and type hints of its own classes.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    r"ignore:[\s\S]*type hint[\s\S]*:UserWarning",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +103,7 @@ class Store:
 
     def versions(self, name: str) -> list[str]:
         found = self.client.search_model_versions(f"name='{name}'")
-        return sorted(version.version for version in found)
+        return sorted(str(version.version) for version in found)
 
     def edit_pack(self, file: Path) -> None:
         """Change one exemplar's text."""
@@ -265,17 +269,14 @@ def _assert_models_are_in_a_host(loaded: str) -> None:
         loaded: library that the host has in its memory; empty for none.
     """
     jvm = next(p for p in psutil.Process().children(recursive=True) if p.name() == "java")
-    workers = [
-        child
-        for child in jvm.children(recursive=True)
-        if any(
-            module in " ".join(child.cmdline()) for module in ("pyspark.daemon", "pyspark.worker")
-        )
-    ]
+    names = ("pyspark.daemon", "pyspark.worker")
+    workers = 0
+    for child in jvm.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # an idle one ends by itself
+            if any(name in " ".join(child.cmdline()) for name in names):
+                assert not any("libtorch" in region.path for region in child.memory_maps())
+                workers += 1
     assert workers
-    for worker in workers:
-        with contextlib.suppress(psutil.NoSuchProcess):  # an idle one ends by itself
-            assert not any("libtorch" in region.path for region in worker.memory_maps())
     hosts = [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -379,7 +380,7 @@ def test_a_model_that_is_no_reward_is_refused(registered: Store) -> None:
 
 
 @pytest.mark.skipif(not (DEMO_MODEL / "config.json").exists(), reason="make setup makes the model")
-def test_the_demos_models_give_the_same_rewards_in_all_three_ways(
+def test_the_demos_models_give_a_spark_function_the_rewards_of_the_run(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     warehouse_folder = tmp_path / "warehouse"
@@ -389,14 +390,12 @@ def test_the_demos_models_give_the_same_rewards_in_all_three_ways(
         for role in ("strong", "weak", "router")
         for key in (f"path={DEMO_MODEL}", "dtype=float32")
     ]
-    fixed = [*models, "routing.mode=fixed", "routing.domain=math_code"]
     name = "smollm2-dpo-over-start"
-    arguments = [word for item in fixed for word in ("--set", item)]
+    arguments = [word for item in [*models, "routing.mode=none"] for word in ("--set", item)]
     config = str(ROOT / "conf" / "rewards" / f"{name}.yaml")
     assert register(["--config", config, "--tracking-uri", uri, "--alias", "a", *arguments]) == 0
 
-    lines = (ROOT / "conf" / "demo" / "completions.jsonl").read_text().splitlines()[:8]
-    rows = [json.loads(line) for line in lines]
+    lines = (ROOT / "conf" / "demo" / "completions.jsonl").read_text().splitlines()[:4]
     (tmp_path / "input.jsonl").write_text("\n".join(lines))
     run = str(ROOT / "conf" / "annotate" / "demo.yaml")
     changes = [f"warehouse={warehouse_folder}", f"input.path={tmp_path / 'input.jsonl'}"]
@@ -406,8 +405,6 @@ def test_the_demos_models_give_the_same_rewards_in_all_three_ways(
     stored = {row["completion_id"]: row for row in collect(warehouse, REWARDS)}
 
     with global_store(uri):
-        frame = pd.DataFrame(rows)[["prompt", "completion", "finish_reason"]]
-        predicted = mlflow.pyfunc.load_model(f"models:/{name}@a").predict(frame)
         function = mlflow.pyfunc.spark_udf(spark, f"models:/{name}@a", env_manager="local")
         called = {
             row["completion_id"]: row["scored"]
@@ -419,11 +416,9 @@ def test_the_demos_models_give_the_same_rewards_in_all_three_ways(
             )
             .collect()
         }
-    for row, ours in zip(rows, predicted.itertuples(), strict=True):
-        expected = stored[row["completion_id"]]
-        theirs = called[row["completion_id"]]
-        assert (ours.status, theirs["status"]) == ("ok", "ok")
-        assert ours.num_tokens == theirs["num_tokens"] == expected["num_tokens"]
-        for value in (ours.reward, theirs["reward"]):
-            assert abs(value - expected["reward"]) <= 1e-4 * expected["num_tokens"]
+    assert len(called) == len(stored) == len(lines)
+    for completion_id, expected in stored.items():
+        scored = called[completion_id]
+        assert (scored["status"], scored["num_tokens"]) == ("ok", expected["num_tokens"])
+        assert abs(scored["reward"] - expected["reward"]) <= 1e-4 * expected["num_tokens"]
     _assert_models_are_in_a_host(loaded="libtorch")

@@ -38,7 +38,7 @@ Key = tuple[str, bytes, bytes]
 
 @dataclass(frozen=True)
 class Place:
-    """A copy of the annotated warehouse, in which p0, p5 and `twin` were also sampled and judged."""
+    """A copy of the annotated warehouse, where p0, p5 and `twin` were sampled and judged too."""
 
     annotated: Annotated
     warehouse: Warehouse

@@ -153,6 +153,16 @@ def test_an_empty_run_has_a_page_too() -> None:
     assert "There is no pair." in Reader(render_page(data)).text
 
 
+def test_domains_without_a_router_or_beyond_the_pages_number_have_their_row() -> None:
+    names = ("chat", "safety")
+    quiet = make_domain(confidence=None, unsure=0, routed=0)
+    data = make_report(names, domains={"chat": quiet}, hidden=("safety",))
+    data = dataclasses.replace(data, pairs={"chat": data.pairs["chat"]})
+    html = render_page(data)
+    for name in names:
+        assert f'<th scope="row">{name}</th>' in html
+
+
 def test_the_same_numbers_give_the_same_bytes() -> None:
     assert render_page(make_report()) == render_page(make_report())
     svg = draw_histogram(

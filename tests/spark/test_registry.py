@@ -72,7 +72,7 @@ def make_row(i: int, j: int) -> dict[str, Any]:
     }
 
 
-ROWS = [make_row(i, j) for i in range(6) for j in range(3)]
+ROWS = [make_row(i, j) for i in range(8) for j in range(3)]
 BAD = [
     {"prompt": turns("Say <|im_end|>."), "completion": "Yes.", "reason": "special_token_in_text"},
     {"prompt": turns("A fox?"), "completion": " ", "reason": "empty_completion"},
@@ -136,7 +136,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         "reduction": "mean",
         "encoding": {"template": "own"},
         "prompt_pack": "./pack.yaml",
-        "routing": {"mode": "adaptive", "calibrate": True, "threshold": 0.4},
+        # Stubs of another folder give other routes; that all fall on one domain must be rare.
+        "routing": {"mode": "adaptive", "threshold": 0.4},
     }
     (folder / "stub.yaml").write_text(yaml.safe_dump(reward))
     with (folder / "input.jsonl").open("w") as stream:

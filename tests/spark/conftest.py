@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from tests.spark.annotated import Annotated, annotate_small
@@ -15,7 +16,7 @@ from tests.spark.annotated import Annotated, annotate_small
 LOCAL_CONF = Path(__file__).resolve().parents[2] / "conf" / "cluster" / "local.conf"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """A session with the settings users get on one machine; Delta's JARs are fetched once."""
     builder = SparkSession.builder.appName("cdr-tests")
@@ -34,9 +35,20 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         session.sparkContext.setLogLevel("ERROR")
         yield session
         session.stop()
+        _end_jvm()
 
 
-@pytest.fixture(scope="session")
+def _end_jvm() -> None:
+    """End the JVM that PySpark would keep: tests of other tiers count this process's children."""
+    gateway = SparkContext._gateway
+    assert gateway is not None
+    SparkContext._gateway = SparkContext._jvm = None
+    gateway.shutdown()
+    gateway.proc.stdin.close()  # Spark's launcher ends at the end of its input
+    gateway.proc.wait(60)
+
+
+@pytest.fixture(scope="package")
 def annotated(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Annotated:
     """A small annotated warehouse, only to be read; `copy` gives one to change."""
     return annotate_small(spark, tmp_path_factory.mktemp("annotated"))

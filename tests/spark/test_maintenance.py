@@ -109,6 +109,8 @@ def test_clustering_sorts_by_the_prompt_of_the_key(
         "unpaired": "prompt_id",
         "rejects": None,
         "runs": None,
+        "benchmark_pairs": "prompt_id",
+        "benchmark_results": None,
     }
     compact(warehouse, ROUTES, cluster=True)
     last = warehouse.delta(ROUTES).history(1).first()

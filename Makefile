@@ -89,13 +89,17 @@ evaluate: setup java ## Evaluate the demo's reward on the demo's labelled pairs 
 report-demo: setup java ## Build the demo run's report page from its tables; print where it is
 	@$(SUBMIT) jobs/report.py --warehouse $(WAREHOUSE) $(ARGS)
 
+# Two files of tests at a time, in their order: a job of these tests keeps about one core busy. Threads
+# that wait must not spin then.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup setup-vllm setup-browser java ## Lint, types and every tier of tests but the cluster's
 	@$(MAKE) --no-print-directory lint types
-	@$(BIN)/pytest
+	@$(PYTEST)
 
 check: $(READY) ## The inner loop: lint, types, unit tests (about a minute)
 	@$(MAKE) --no-print-directory lint types
-	@$(BIN)/pytest -q tests/unit
+	@$(PYTEST) -q tests/unit
 
 lint: $(READY)
 	@$(BIN)/ruff check .

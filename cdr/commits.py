@@ -53,6 +53,8 @@ _LOST_RACE_CONDITIONS = {
     "DELTA_PROTOCOL_CHANGED",
     # Another run created the table between this one's look and its own creation.
     "DELTA_TABLE_ALREADY_EXISTS",
+    # Or is about to: its folder is there, its commit is not yet.
+    "DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION",
     "TABLE_OR_VIEW_ALREADY_EXISTS",
 }
 

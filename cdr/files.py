@@ -73,6 +73,12 @@ class Files:
         path, files = self._open(place)
         files.delete(path, True)
 
+    def full_name(self, place: str) -> str:
+        """Give a place in full: a path where a local disk holds it, else a URI."""
+        path, files = self._open(place)
+        whole = str(files.makeQualified(path).toString())
+        return f"/{whole[5:].lstrip('/')}" if whole.startswith("file:") else whole
+
     def write_text(self, file: str, text: str) -> None:
         """Write a small file in UTF-8, in the place of an earlier one; others see a whole one."""
         fresh = f"{file}.new"

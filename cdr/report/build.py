@@ -9,8 +9,6 @@ import datetime as dt
 import json
 import sys
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 
 from pydantic import ValidationError
 from pyspark.sql import DataFrame, SparkSession
@@ -18,11 +16,11 @@ from pyspark.sql import functions as F
 
 from cdr.config import AnnotateConfig, ReportSpec
 from cdr.errors import CdrError, TableError
+from cdr.files import Files
 from cdr.plan import AnnotationPlan, plan_annotation
 from cdr.report.gather import RunRows, gather_report
 from cdr.report.page import render_page
 from cdr.runs import RunRecord
-from cdr.staging import hadoop_place
 from cdr.summary import Summary, summarize
 from cdr.tables import PREFERENCES, REJECTS, REWARDS, RUNS, UNPAIRED, Table
 from cdr.warehouse import Warehouse
@@ -143,21 +141,10 @@ def rebuild_report(
 
 def write_page(warehouse: Warehouse, run_id: str, page: str) -> str:
     """Write a page beside the tables, through the file system that holds them; give its place."""
-    jvm = warehouse.spark._jvm
-    assert jvm is not None
     place = f"{warehouse.root}/reports/{run_id}.html"
-    path = jvm.org.apache.hadoop.fs.Path(hadoop_place(place))
-    files = path.getFileSystem(warehouse.spark._jsc.hadoopConfiguration())
-    whole = str(files.makeQualified(path).toString())
-    if whole.startswith("file:"):
-        # Hadoop would leave a checksum file beside it.
-        local = Path("/" + whole.removeprefix("file:").lstrip("/"))
-        local.parent.mkdir(parents=True, exist_ok=True)
-        local.write_text(page, encoding="utf-8")
-        return str(local)
-    with closing(files.create(path, True)) as stream:
-        stream.write(bytearray(page.encode()))
-    return whole
+    files = Files(warehouse.spark)
+    files.write_text(place, page)
+    return files.full_name(place)
 
 
 def _find_run(warehouse: Warehouse, run_id: str | None) -> RunRecord:

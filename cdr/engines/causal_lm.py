@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from cdr.engines import block_attention
 from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import DTYPES
 from cdr.errors import ModelError
@@ -24,6 +25,8 @@ KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
 """Per layer: keys and values, each of shape [batch, heads, tokens, head_dim]; never mutated."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Rows that attend together. None on GPUs, where small kernels would cost more than masked keys.
+_ROWS_PER_BLOCK = {"cpu": 128}
 # RoPE variants whose frequencies depend on the longest position of a call, beyond a limit.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -58,6 +61,9 @@ class CausalLm:
         self._scale: float = getattr(config, "logit_scale", None) or 1.0  # Cohere
         self._scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         self._layer_types = _resolve_layer_types(config, spec)
+        self._rows_per_block = _ROWS_PER_BLOCK.get(device.type)
+        if self._rows_per_block and config._attn_implementation == "sdpa":
+            self._model.set_attn_implementation(block_attention.NAME)
         self._window: int = getattr(config, "sliding_window", None) or 0
 
     def read(
@@ -81,18 +87,11 @@ class CausalLm:
             Hidden states after the final norm, shape [batch, rows, hidden], and the keys and
             values of all keys.
         """
-        masks = {"full_attention": visible[:, None]}
+        seen = {"full_attention": visible}
         if "sliding_attention" in self._layer_types:
             near = positions[:, :, None] - key_positions[:, None, :] < self._window
-            masks["sliding_attention"] = (visible & near)[:, None]
-        if self._model.config._attn_implementation == "eager":  # it adds the mask to the scores
-            dtype = self._model.dtype
-            masks = {
-                kind: torch.zeros(mask.shape, dtype=dtype, device=self._device).masked_fill_(
-                    ~mask, torch.finfo(dtype).min
-                )
-                for kind, mask in masks.items()
-            }
+            seen["sliding_attention"] = visible & near
+        masks = {kind: self._make_mask(mask) for kind, mask in seen.items()}
         # Made without a config: sliding layers would drop keys that other branches still need.
         cache = DynamicCache()
         for index, (keys, values) in enumerate(layers):
@@ -105,6 +104,16 @@ class CausalLm:
             use_cache=True,
         )
         return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _make_mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """Make a mask, shape [batch, 1, rows, keys], in the form that the attention takes."""
+        dtype = self._model.dtype
+        if self._model.config._attn_implementation == "eager":  # it adds the mask to the scores
+            bias = torch.zeros(visible.shape, dtype=dtype, device=self._device)
+            return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+        if self._rows_per_block and len(visible) == 1:
+            return block_attention.make_block_mask(visible[0], self._rows_per_block, dtype)
+        return visible[:, None]
 
     def compute_logits(
         self, states: torch.Tensor, first: int = 0, last: int | None = None

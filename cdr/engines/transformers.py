@@ -12,8 +12,10 @@ among its own rows each sees its ancestors (an explicit 4-D mask). So
 - the LM head runs on the rows that predict a completion token, in float32 unless the spec says
   otherwise, over slices of the vocabulary.
 
-The dense mask makes attention cost path + rows per row, hence the cap on rows per forward. See
-docs/decisions/0002-prefix-tree.md for the measurements and for what else was tried.
+Rows of other branches are masked, which costs attention though not the matmuls: on a CPU a few rows
+at a time attend to the keys they need (`cdr.engines.block_attention`); on a GPU, where the mask is
+dense, it is why rows per forward are capped. See docs/decisions/0002-prefix-tree.md for the
+measurements and for what else was tried.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ from cdr.errors import EngineError, ModelError
 # Rows per forward: enough to fill the matmuls, few enough that masked-out attention stays small.
 _MAX_ROWS = {"cpu": 512, "cuda": 2048}
 _MIN_ROWS = 16
-# Logits held at once while the head scores: 128 MiB in float32.
-_MAX_LOGITS = 2**25
+# Logits held at once while the head scores: 4 MiB in float32, which stay in a CPU's cache from the
+# product to their log-sum, or 128 MiB, which fill a GPU.
+_MAX_LOGITS = {"cpu": 2**20, "cuda": 2**25}
 # Tokens of keys and values held while sampling, in multiples of `batch_tokens`.
 _SAMPLING_CACHE_FACTOR = 8
 # Mean |Δ| in nats per token that the check at load allows. Rounding stays far below; a mask, a
@@ -235,7 +238,7 @@ class TransformersEngine:
         state, target = self._to_device(state_of_target), self._to_device(target_ids)
         log_normalizers = torch.full((len(states),), -torch.inf, device=self._device)
         target_logits = torch.empty(len(target), device=self._device)
-        width = max(1, _MAX_LOGITS // len(states))
+        width = max(1, _MAX_LOGITS[self._device.type] // len(states))
         for first in range(0, self._lm.vocab_size, width):
             logits = self._lm.compute_logits(states, first, first + width)
             log_normalizers = torch.logaddexp(log_normalizers, logits.logsumexp(-1))

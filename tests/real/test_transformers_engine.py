@@ -122,17 +122,34 @@ def tiny_model(tiny: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
 
 
+def let_rows_attend_together(patch: pytest.MonkeyPatch, count: int) -> None:
+    """For engines loaded from now on; groups of these tests have fewer rows than by default."""
+    patch.setattr("cdr.engines.causal_lm._ROWS_PER_BLOCK", {"cpu": count})
+
+
 @pytest.fixture(scope="module")
 def engine_of(tiny: Path) -> Callable[[int], TransformersEngine]:
-    """Engines of the tiny model by `batch_tokens`, each loaded once."""
-    return cache(lambda batch_tokens: load(tiny, batch_tokens=batch_tokens))
+    """Engines of the tiny model by `batch_tokens`, each loaded once; three rows attend together."""
+
+    @cache
+    def load_once(batch_tokens: int) -> TransformersEngine:
+        with pytest.MonkeyPatch.context() as patch:
+            let_rows_attend_together(patch, 3)
+            return load(tiny, batch_tokens=batch_tokens)
+
+    return load_once
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("batch_tokens", [7, 4096])
+@pytest.mark.parametrize(("batch_tokens", "block"), [(7, 128), (4096, 5), (4096, 128)])
 def test_log_probs_equal_a_plain_forward_of_each_sequence(
-    architecture: str, batch_tokens: int, tmp_path: Path
+    architecture: str,
+    batch_tokens: int,
+    block: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    let_rows_attend_together(monkeypatch, block)
     path = save_model(tmp_path / "model", architecture)
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
@@ -175,14 +192,14 @@ def test_memory_running_out_splits_the_forward(
 
     def attend(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         sizes.append(query.shape[2])
-        if query.shape[2] > 20:
+        if query.shape[2] > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return attention(query, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
         got = engine.score(groups)
-    assert max(sizes) > 20
+    assert max(sizes) > 40
     assert_same(got, plain_scores(tiny_model, groups))
 
     def fail(*args: Any, **kwargs: Any) -> torch.Tensor:

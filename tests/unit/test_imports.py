@@ -26,6 +26,7 @@ ALLOWED = {
 }
 TORCH_AT_IMPORT = {
     "cdr/engines/transformers.py",
+    "cdr/engines/block_attention.py",
     "cdr/engines/causal_lm.py",
     "cdr/dpo.py",
     "cdr/demo_model.py",

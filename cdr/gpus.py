@@ -2,13 +2,15 @@
 
 Spark's own setting, `spark.task.resource.gpu.amount`, holds for all stages of an application. A
 router over four GPUs and scoring models on one each want different amounts: from Spark 4.0 on, a
-stage with a model may bring a resource profile of its own. It only says what a *task* takes, so
-the same executors serve all stages, with and without dynamic allocation.
+stage with a model may bring a resource profile of its own. It says what a *task* takes, and the
+same executors serve all stages. Only with dynamic allocation, which asks for executors by profile,
+it has to say what an executor has as well; such a stage gets executors of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from cdr.engines.base import EngineSpec
@@ -16,9 +18,12 @@ from cdr.errors import SetupError
 from cdr.progress import is_one_machine
 
 if TYPE_CHECKING:
+    from pyspark.resource import ResourceProfile
     from pyspark.sql import SparkSession
 
 _EXECUTOR, _TASK = "spark.executor.resource.gpu.amount", "spark.task.resource.gpu.amount"
+_DISCOVERY = "spark.executor.resource.gpu.discoveryScript"
+_VENDOR = "spark.executor.resource.gpu.vendor"
 
 
 def task_gpus(spark: SparkSession, engines: Sequence[EngineSpec]) -> dict[str, Any]:
@@ -57,7 +62,32 @@ def task_gpus(spark: SparkSession, engines: Sequence[EngineSpec]) -> dict[str, A
             f"{per_task:g}",
             fix=f"set {_TASK}={needed}; from Spark 4.0 on, stages ask for what they need",
         )
-    from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
+    executor = None
+    if conf.get("spark.dynamicAllocation.enabled", "false") == "true":
+        executor = (per_executor, conf.get(_DISCOVERY, "") or "", conf.get(_VENDOR, "") or "")
+    return {"profile": _build_profile(spark.sparkContext.applicationId, needed, executor)}
 
-    requests = TaskResourceRequests().resource("gpu", needed)
-    return {"profile": ResourceProfileBuilder().require(requests).build}
+
+@cache  # each profile has an id of its own, and dynamic allocation new executors for each
+def _build_profile(
+    application_id: str, per_task: int, executor: tuple[int, str, str] | None
+) -> ResourceProfile:
+    """Build the profile of an application's stages whose tasks take so many GPUs.
+
+    Args:
+        application_id: profiles do not outlive their application.
+        per_task: GPUs.
+        executor: GPUs, discovery script and vendor to ask the cluster manager for; cores and
+            memory are those of the settings.
+    """
+    from pyspark.resource import (
+        ExecutorResourceRequests,
+        ResourceProfileBuilder,
+        TaskResourceRequests,
+    )
+
+    builder = ResourceProfileBuilder().require(TaskResourceRequests().resource("gpu", per_task))
+    if executor:
+        builder.require(ExecutorResourceRequests().resource("gpu", *executor))
+    profile: ResourceProfile = builder.build
+    return profile

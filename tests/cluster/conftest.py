@@ -217,8 +217,9 @@ def run_probe(cluster: Cluster, folder: Path, mode: str, settings: Sequence[str]
         text=True,
         timeout=600,
     )  # fmt: skip
-    assert ("the probe fails on purpose" in done.stderr) == (mode == "failing"), done.stderr
-    assert (done.returncode != 0) == (mode == "failing"), done.stderr
+    said = done.stdout + done.stderr
+    assert ("the probe fails on purpose" in said) == (mode == "failing"), said
+    assert (done.returncode != 0) == (mode == "failing"), said
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     for row in rows:
         row["addresses"], row["engines"] = tuple(row["addresses"]), tuple(row["engines"])

@@ -107,6 +107,7 @@ def main() -> None:
         stage("after the kill", SCORING)
         stage("fails", SCORING)
     stage("router", ROUTER)
+    stage("router", ROUTER)  # a second wave
     stage("after the router", SCORING)
 
 

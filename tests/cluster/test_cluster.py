@@ -87,6 +87,7 @@ def test_with_dynamic_allocation_executors_are_asked_for_anew_when_a_router_take
     routers = {r.executor: r.addresses for r in records if r.stage == "router"}
     assert routers
     assert set(routers.values()) <= {("0", "1"), ("2", "3")}
+    assert len(routers) <= 2, "the second wave did not find the executors of the first"
     others = {r.executor for r in records if r.stage in SCORING_STAGES}
     assert not others & routers.keys()
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+
+from cdr.text_table import render_table
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -164,18 +167,23 @@ class Summary:
             ),
             f"{'wall time':<12}{self.wall_s:>8,.0f}s   of it scoring {self.scoring_s:,.0f}s",
             "",
-            f"{'domain':<12}{'prompts':>9}{'pairs':>8}{'margin p50':>12}{'reward p50':>12}"
-            f"{'chosen tok':>12}{'rejected tok':>14}{'chosen longer':>15}",
         ]
-        for name, domain in self.domains.items():
-            lines.append(
-                f"{name:<12}{domain.prompts:>9,}{domain.pairs:>8,}"
-                f"{_number(_median(domain.margin_quantiles)):>12}"
-                f"{_number(_median(domain.reward_quantiles)):>12}"
-                f"{_number(domain.chosen_tokens):>12}{_number(domain.rejected_tokens):>14}"
-                f"{'-' if domain.chosen_longer is None else f'{domain.chosen_longer:.0%}':>15}"
+        header = ("domain", "prompts", "pairs", "margin p50", "reward p50", "chosen tok",
+                  "rejected tok", "chosen longer")  # fmt: skip
+        rows = [
+            (
+                name,
+                domain.prompts,
+                domain.pairs,
+                _tenths(_median(domain.margin_quantiles)),
+                _tenths(_median(domain.reward_quantiles)),
+                _tenths(domain.chosen_tokens),
+                _tenths(domain.rejected_tokens),
+                None if domain.chosen_longer is None else f"{domain.chosen_longer:.0%}",
             )
-        return "\n".join(line.rstrip() for line in lines)
+            for name, domain in self.domains.items()
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), *render_table(header, rows)])
 
 
 def summarize(
@@ -246,22 +254,25 @@ def summarize(
             rejected_tokens=pair["rejected_tokens"] if pair else None,
             chosen_longer=pair["chosen_longer"] if pair else None,
         )
-    rejected = _counts(rejects.groupBy("reason").count())
     ok, failed = sum(row["ok"] for row in by_domain), sum(row["failed"] for row in by_domain)
-    routed = rewards.groupBy(F.coalesce("domain_source", F.lit("not routed"))).agg(
-        F.countDistinct("prompt_id")
+    source = F.coalesce("domain_source", F.lit("not routed"))
+    counts = _count_distinct(
+        routed=rewards.select(source, "prompt_id"),
+        rejected=rejects.select("reason", "source_row"),
+        no_pair=unpaired.select("reason", "prompt_id"),
     )
+    rejected = counts["rejected"]
     return Summary(
         candidates=ok + failed + sum(rejected.values()),
         ok=ok,
         failed=failed,
         rejected=rejected,
         domains=domains,
-        routed=_counts(routed),
+        routed=counts["routed"],
         asked=asked,
         scored=scored,
         pairs=sum(row["pairs"] for row in by_pair.values()),
-        no_pair=_counts(unpaired.groupBy("reason").count()),
+        no_pair=counts["no_pair"],
         length_fallbacks=sum(row["fallbacks"] for row in by_pair.values()),
         tokens=tokens,
         scoring_s=scoring_s,
@@ -270,8 +281,15 @@ def summarize(
     )
 
 
-def _counts(grouped: DataFrame) -> dict[str, int]:
-    return {str(name): count for name, count in sorted(grouped.collect(), key=str)}
+def _count_distinct(**frames: DataFrame) -> dict[str, dict[str, int]]:
+    """Count in one pass over frames of a name and a key: distinct keys by frame and name."""
+    parts = [rows.toDF("name", "key").withColumn("kind", F.lit(k)) for k, rows in frames.items()]
+    union = reduce(DataFrame.unionByName, parts)
+    counted = union.groupBy("kind", "name").agg(F.count_distinct("key").alias("keys"))
+    found: dict[str, dict[str, int]] = {kind: {} for kind in frames}
+    for row in sorted(counted.collect(), key=lambda row: str(row["name"])):
+        found[row["kind"]][str(row["name"])] = row["keys"]
+    return found
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -282,5 +300,5 @@ def _median(quantiles: tuple[float, ...]) -> float | None:
     return quantiles[len(quantiles) // 2] if quantiles else None
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _tenths(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)

@@ -125,7 +125,7 @@ class EvaluationRun(ScoringRun):
         plan = self._plan
         stamps = {
             "dataset": plan.dataset,
-            "reward_key": plan.reward_key,
+            "reward_key": plan.reward.key,
             "reward_name": plan.config.reward.name,
             "run_id": self.context.run_id,
         }
@@ -135,7 +135,7 @@ class EvaluationRun(ScoringRun):
             [tuple(row[name] for name in names) for row in rows], BENCHMARK_RESULTS.schema()
         )
         self._warehouse.replace(
-            BENCHMARK_RESULTS, frame, dataset=plan.dataset, reward_key=plan.reward_key
+            BENCHMARK_RESULTS, frame, dataset=plan.dataset, reward_key=plan.reward.key
         )
 
 

@@ -38,7 +38,7 @@ def assume_routes(prompts: DataFrame, run: Context) -> DataFrame:
     plan = run.plan
     routing = plan.config.reward.routing
     no_error = F.lit(None).cast("string").alias("route_error")
-    if plan.route is None:
+    if plan.reward.route is None:
         domain = {
             "column": F.col("given_domain"),
             "fixed": F.lit(routing.domain),
@@ -47,8 +47,11 @@ def assume_routes(prompts: DataFrame, run: Context) -> DataFrame:
         return prompts.select(
             "*", domain.alias("domain"), F.lit(routing.mode).alias("domain_source"), no_error
         )
-    longest = max(plan.route.domains, key=lambda name: _conditioning_chars(plan.route.pack, name))  # type: ignore[union-attr]
-    known = known_routes(plan.route, run.warehouse).drop("domain_confidence")
+    longest = max(
+        plan.reward.route.domains,
+        key=lambda name: _conditioning_chars(plan.reward.route.pack, name),
+    )  # type: ignore[union-attr]
+    known = known_routes(plan.reward.route, run.warehouse).drop("domain_confidence")
     return (
         prompts.join(known, on="prompt_hash", how="left")
         .withColumn("domain_source", F.coalesce("domain_source", F.lit("assumed")))
@@ -104,7 +107,7 @@ def forecast(candidates: DataFrame, routed: DataFrame, work: Work, run: Context)
 
 
 def _costs(work: Work, run: Context) -> list[str]:
-    models = {model.model_key: model for model in run.plan.models.values()}
+    models = {model.model_key: model for model in run.plan.reward.models.values()}
     devices = [peak for name in _REFERENCE_GPUS if (peak := gpu_peak(name)) is not None]
     flops = {
         dtype: matmul_flops(dtype)

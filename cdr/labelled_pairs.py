@@ -214,7 +214,7 @@ def split_pairs(pairs: DataFrame, run: Context) -> DataFrame:
     """
     plan = run.plan
     rows = pairs.select("prompt_id", "prompt", "chosen", "rejected", "section", "subset", "domain")
-    candidates = make_candidates(rows, plan.config.input, domains=plan.given_domains)
+    candidates = make_candidates(rows, plan.config.input, domains=plan.reward.given_domains)
     unfit = pairs.where("reason IS NOT NULL").select(
         "prompt_id",
         F.col("reason").alias("_reason"),
@@ -282,13 +282,13 @@ def judge_pairs(
                     F.coalesce("refused", "chosen_error", "rejected_error", F.lit("not_scored")),
                 ),
                 "dataset": F.lit(plan.dataset),
-                "reward_key": F.lit(plan.reward_key),
+                "reward_key": F.lit(plan.reward.key),
                 "reward_name": F.lit(plan.config.reward.name),
                 "run_id": F.lit(run.run_id),
             }
         )
     )
-    warehouse.replace(BENCHMARK_PAIRS, rows, dataset=plan.dataset, reward_key=plan.reward_key)
+    warehouse.replace(BENCHMARK_PAIRS, rows, dataset=plan.dataset, reward_key=plan.reward.key)
     return warehouse.read(BENCHMARK_PAIRS).where(
-        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward_key)
+        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward.key)
     )

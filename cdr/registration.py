@@ -119,13 +119,13 @@ def register_reward(
         ConfigError: the name or alias cannot be one.
         SetupError: the store or registry cannot be used.
     """
-    name = name or plan.reward.name
+    name = name or plan.spec.name
     check_name("--name", name)
     if alias is not None:
         check_name("--alias", alias)
     registry = Registry(uri)
     latest = registry.find_latest(name)
-    is_new = force or latest is None or latest.reward_key != plan.reward_key
+    is_new = force or latest is None or latest.reward_key != plan.key
     if is_new:
         version = _log(plan, registry, name, metrics or {})
     else:
@@ -142,7 +142,7 @@ def register_reward(
 
 def describe(plan: RewardPlan) -> str:
     """Describe a reward for the registry's page of a version: Markdown, one fact a line."""
-    reward = plan.reward
+    reward = plan.spec
     lines = [reward.description.strip() or f"Reward {reward.name}.", ""]
     for role, model in plan.models.items():
         weights = " + ".join(describe_weights(model).values())
@@ -153,7 +153,7 @@ def describe(plan: RewardPlan) -> str:
     lines += [
         f"- terms: {terms}; {reward.reduction}",
         f"- prompt pack: {pack}; routing: {reward.routing.mode}",
-        f"- reward key: `{plan.reward_key}`",
+        f"- reward key: `{plan.key}`",
     ]
     return "\n".join(lines)
 
@@ -161,8 +161,8 @@ def describe(plan: RewardPlan) -> str:
 def version_tags(plan: RewardPlan) -> dict[str, str]:
     """Give the tags of a version: its key, its pinned models, its pack."""
     tags = {
-        KEY_TAG: plan.reward_key,
-        "cdr_reward_name": plan.reward.name,
+        KEY_TAG: plan.key,
+        "cdr_reward_name": plan.spec.name,
         "cdr_package_version": package_version(),
     }
     if plan.pack is not None:
@@ -179,11 +179,11 @@ def _log(
     tracking = TrackingSpec(uri=registry.uri, experiment=EXPERIMENT)
     tags = {
         "cdr.job": "register_reward",
-        "cdr.reward_name": plan.reward.name,
-        "cdr.reward_key": plan.reward_key,
+        "cdr.reward_name": plan.spec.name,
+        "cdr.reward_key": plan.key,
         "cdr.registered_model": name,
     }
-    config = plan.reward.model_dump(mode="json")
+    config = plan.spec.model_dump(mode="json")
     run_name = f"register {name}"
     with RunTracker(tracking, ".", run_name=run_name, config=config, tags=tags) as tracker:
         tracker.log_metrics(metrics)

@@ -65,7 +65,7 @@ def load_candidates(run: Context) -> DataFrame:
     """
     plan = run.plan
     source = plan.config.input.model_copy(update={"version": run.input_version})
-    candidates = read_candidates(run.warehouse.spark, source, domains=plan.given_domains)
+    candidates = read_candidates(run.warehouse.spark, source, domains=plan.reward.given_domains)
     if plan.limit is not None:
         # The prompts whose hashes come first: the same ones every time.
         hashes = candidates.where("prompt_hash IS NOT NULL").select("prompt_hash").distinct()
@@ -105,7 +105,7 @@ def encode(routed: DataFrame, run: Context, function: MapFunction, schema: str) 
     Args:
         routed: from `cdr.routing.give_domains`; prompts without a route are left out.
         run: the run.
-        function: `udfs.encode.make_encode(plan.encoding)`.
+        function: `udfs.encode.make_encode(plan.reward.encoding)`.
         schema: `udfs.encode.ENCODED_DDL`.
     """
     ready = routed.where("route_error IS NULL")
@@ -156,7 +156,7 @@ def reward(
     )
     named = {
         name: F.element_at("answers", f"{model_key}/{condition}")
-        for name, (model_key, condition) in plan.term_views().items()
+        for name, (model_key, condition) in plan.reward.term_views().items()
     }
     first = next(iter(named))
     # A failed candidate has no terms rather than half of them.
@@ -180,7 +180,7 @@ def reward(
     ok = F.col("reward").isNotNull()
     final = rows.select(
         F.lit(plan.dataset).alias("dataset"),
-        F.lit(plan.reward_key).alias("reward_key"),
+        F.lit(plan.reward.key).alias("reward_key"),
         "prompt_id", "completion_id",
         F.lit(plan.config.reward.name).alias("reward_name"),
         "prompt_hash", "prompt", "completion", "finish_reason",
@@ -197,14 +197,14 @@ def reward(
         F.when(~ok, error).alias("error"),
         F.lit(run.run_id).alias("run_id"),
     )  # fmt: skip
-    warehouse.replace(REWARDS, final, dataset=plan.dataset, reward_key=plan.reward_key)
+    warehouse.replace(REWARDS, final, dataset=plan.dataset, reward_key=plan.reward.key)
     return read_rewards(plan, warehouse)
 
 
 def read_rewards(plan: AnnotationPlan, warehouse: Warehouse) -> DataFrame:
     """Read this dataset's rows of this reward."""
     return warehouse.read(REWARDS).where(
-        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward_key)
+        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward.key)
     )
 
 
@@ -224,7 +224,7 @@ def _answers(
         "c.completion_id", "c.completion_hash", "c.boundary_merged",
     )  # fmt: skip
     key = list(LOGPROBS.key)
-    keys = [engine.name for engine in plan.engines]
+    keys = [engine.name for engine in plan.reward.engines]
     logprobs = (
         warehouse.read(LOGPROBS)
         .where(F.col("model_key").isin(keys))
@@ -283,7 +283,7 @@ def pair(
     plan, warehouse = run.plan, run.warehouse
     selection = {
         "dataset": plan.dataset,
-        "reward_key": plan.reward_key,
+        "reward_key": plan.reward.key,
         "selection_key": plan.selection_key,
     }
     stamps = {name: F.lit(value) for name, value in {**selection, "run_id": run.run_id}.items()}
@@ -305,7 +305,7 @@ def pair(
             table,
             rows,
             dataset=plan.dataset,
-            reward_key=plan.reward_key,
+            reward_key=plan.reward.key,
             selection_key=plan.selection_key,
         )
     ours = reduce(operator.and_, (F.col(name) == value for name, value in selection.items()))

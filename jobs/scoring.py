@@ -35,7 +35,7 @@ def score_candidates(candidates: DataFrame, run: ScoringRun) -> Scored:
     for buckets in run.routing_waves(routing):
         run.routed(route_wave(buckets, routing, context, make_route, run.counter))
     routed = give_domains(prompts, routing, context)
-    encoded = encode(routed, context, make_encode(context.plan.encoding), ENCODED_DDL)
+    encoded = encode(routed, context, make_encode(context.plan.reward.encoding), ENCODED_DDL)
     work = plan_work(encoded, context)
     for wave in run.scoring_waves(plan_waves(work, context), work):
         run.scored(score_wave(wave, work, context, make_score, run.counter))
@@ -46,5 +46,5 @@ def score_candidates(candidates: DataFrame, run: ScoringRun) -> Scored:
 def forecast_candidates(candidates: DataFrame, context: Context) -> str:
     """Say what scoring the candidates would take."""
     routed = assume_routes(group_prompts(candidates), context)
-    encoded = encode(routed, context, make_encode(context.plan.encoding), ENCODED_DDL)
+    encoded = encode(routed, context, make_encode(context.plan.reward.encoding), ENCODED_DDL)
     return forecast(candidates, routed, plan_work(encoded, context), context)

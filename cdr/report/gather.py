@@ -358,8 +358,8 @@ class _PairShower:
         self._weights = term_weights(config.reward)
         self._reader: TokenReader | None = None
         if plan is not None and self._has_texts and scored:
-            models = {name: model_key for name, (model_key, _) in plan.term_views().items()}
-            self._reader = TokenReader(plan.encoding, models, self._weights)
+            models = {name: model_key for name, (model_key, _) in plan.reward.term_views().items()}
+            self._reader = TokenReader(plan.reward.encoding, models, self._weights)
         self._without_models = plan is None
         self._unlike = 0
 

@@ -314,9 +314,9 @@ def test_the_same_reward_is_not_registered_twice_and_a_changed_pack_is_a_new_ver
     )
     assert first_key != second_key
     config = registered.folder / "run.yaml"
-    assert load_annotation_plan(config).reward_key == second_key
+    assert load_annotation_plan(config).reward.key == second_key
     old = load_annotation_plan(config, ["reward=models:/stub/1"])
-    assert (old.reward_key, old.reward_version) == (first_key, "stub/1")
+    assert (old.reward.key, old.reward_version) == (first_key, "stub/1")
     registered.register("--force")
     assert registered.versions("stub") == ["1", "2", "3"]
     assert registered.client.get_model_version("stub", "3").tags[KEY_TAG] == first_key

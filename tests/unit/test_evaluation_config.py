@@ -183,8 +183,8 @@ def test_two_oracles_are_two_rewards_though_nothing_else_differs(stubs: dict[str
         tree(reward=stubs, rows={"one": column, "two": {**column, "oracle": hard}})
     )
     one, two = plan_evaluation(config)
-    assert one.annotation.encoding == two.annotation.encoding
-    assert one.annotation.reward_key != two.annotation.reward_key
+    assert one.annotation.reward.encoding == two.annotation.reward.encoding
+    assert one.annotation.reward.key != two.annotation.reward.key
 
 
 def test_the_oracle_of_a_router_is_added_behind_it(stubs: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def test_the_oracle_of_a_router_is_added_behind_it(stubs: dict[str, Any]) -> Non
     assert [plan.name for plan in plans] == ["plain", "cdr", "cdr.oracle"]
     modes = [plan.annotation.config.reward.routing.mode for plan in plans]
     assert modes == ["none", "adaptive", "column"]
-    assert len({plan.annotation.reward_key for plan in plans}) == 3
+    assert len({plan.annotation.reward.key for plan in plans}) == 3
 
 
 def test_an_oracle_that_is_a_row_already_is_not_added(stubs: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class TokenizerSpec:
         template: Jinja text.
         max_length: tokens of prefix and completion together.
         vocab_size: ids at or above it do not exist in the model.
+        close_turns: see `cdr.chat.ChatEncoder`; for classifiers.
     """
 
     model_key: str
@@ -43,6 +44,7 @@ class TokenizerSpec:
     template: str
     max_length: int
     vocab_size: int
+    close_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class PromptEncoder:
                 template=spec.template,
                 special_tokens_in_text=plan.special_tokens_in_text,
                 score_end_of_turn=plan.score_end_of_turn,
+                close_turns=spec.close_turns,
             )
             for spec in plan.tokenizers
         }

@@ -35,10 +35,10 @@ def assume_routes(prompts: DataFrame, run: Context) -> DataFrame:
         The columns of `cdr.routing.give_domains`; `domain_source` is `assumed` where nothing is
         known.
     """
-    plan = run.plan
-    routing = plan.config.reward.routing
+    plan = run.plan.reward
+    route, routing = plan.route, plan.spec.routing
     no_error = F.lit(None).cast("string").alias("route_error")
-    if plan.reward.route is None:
+    if route is None:
         domain = {
             "column": F.col("given_domain"),
             "fixed": F.lit(routing.domain),
@@ -47,11 +47,8 @@ def assume_routes(prompts: DataFrame, run: Context) -> DataFrame:
         return prompts.select(
             "*", domain.alias("domain"), F.lit(routing.mode).alias("domain_source"), no_error
         )
-    longest = max(
-        plan.reward.route.domains,
-        key=lambda name: _conditioning_chars(plan.reward.route.pack, name),
-    )  # type: ignore[union-attr]
-    known = known_routes(plan.reward.route, run.warehouse).drop("domain_confidence")
+    longest = max(route.domains, key=lambda name: _conditioning_chars(route.pack, name))
+    known = known_routes(route, run.warehouse).drop("domain_confidence")
     return (
         prompts.join(known, on="prompt_hash", how="left")
         .withColumn("domain_source", F.coalesce("domain_source", F.lit("assumed")))

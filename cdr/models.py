@@ -33,6 +33,7 @@ from cdr.weights import (
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 _STUB_VOCABULARY = 1 << 20
+_SHOWN_LABELS = 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
             _STUB_VOCABULARY,
             spec.path,
         )
-    model = _find(Source(spec.path, spec.revision, spec.checksum), where)
+    source = Source(spec.path, spec.revision, spec.checksum, has_code=spec.custom_code)
+    model = _find(source, where)
     dtype = resolve_dtype(spec.dtype)
     head_dtype = resolve_head_dtype(spec.head_dtype, engine=spec.engine, dtype=dtype)
     identity = {
@@ -129,6 +131,9 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
         # vLLM takes arguments that decide numbers (the dtype of its cache) and others; which is
         # which changes with its version.
         identity["extra"] = spec.extra
+    if spec.engine == "classifier":
+        check_classifier(spec, model.folder / "config.json", where)
+        identity |= {"output": spec.output, "custom_code": spec.custom_code}
     adapter: _Found | None = None
     if spec.adapter is not None:
         source = Source(spec.adapter, spec.adapter_revision, spec.adapter_checksum, is_adapter=True)
@@ -161,6 +166,8 @@ def _engine_spec(
         quantization=spec.quantization,
         memory_fraction=spec.memory_fraction,
         tensor_parallel=spec.tensor_parallel,
+        output=spec.output or "",
+        custom_code=spec.custom_code,
     )
 
 
@@ -199,6 +206,56 @@ def _find(source: Source, where: str) -> _Found:
     except ModelError as error:
         key = f"{where}.adapter" if source.is_adapter else f"{where}.path"
         raise ConfigError([f"{key}: {error.what}; {error.fix}"]) from error
+
+
+def check_classifier(spec: ModelSpec, config_file: Path, where: str) -> None:
+    """Check on the driver that a classifier is one, and that one of its outputs is meant.
+
+    Args:
+        spec: a model of engine `classifier`.
+        config_file: its config.json.
+        where: config key of the model.
+
+    Raises:
+        ConfigError: it is another kind of model, brings code that is not allowed, or has several
+            outputs and none is named.
+    """
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    own_code = config.get("auto_map", {}).get("AutoModelForSequenceClassification")
+    if own_code is not None and not spec.custom_code:
+        # transformers would load a class of its own in its place, with a random head.
+        raise ConfigError(
+            [f"{where}.custom_code: the model brings code of its own ({own_code}), got false"],
+            fix=f"read the code of {spec.path}; if you trust it, set custom_code to true and pin "
+            "the model",
+        )
+    if spec.custom_code:
+        if own_code is None:
+            raise ConfigError([f"{where}.custom_code: the model brings no code for a classifier"])
+        if "--" in own_code:
+            raise ConfigError(
+                [f"{where}.custom_code: the code lies in another repository ({own_code})"],
+                fix="only code that is pinned with the weights is run: copy both into one folder",
+            )
+        return
+    architectures = config.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ConfigError(
+            [f"{where}.path: must be a sequence classifier, is {', '.join(architectures) or '?'}"],
+            fix="a reward model's config.json names ...ForSequenceClassification",
+        )
+    # transformers leaves its default of two labels out of the file.
+    labels = list(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).values())
+    if spec.output is None and len(labels) > 1:
+        shown = ", ".join(labels[:_SHOWN_LABELS]) + (", ..." if len(labels) > _SHOWN_LABELS else "")
+        raise ConfigError(
+            [f"{where}.output: is required for a classifier of {len(labels)} outputs ({shown})"],
+            fix="name the output that is the reward",
+        )
+    if spec.output is not None and spec.output not in labels:
+        raise ConfigError(
+            [f"{where}.output: must be one of {', '.join(labels)}, got '{spec.output}'"]
+        )
 
 
 def _vocab_size(config_file: Path, where: str) -> int:

@@ -253,6 +253,7 @@ def _tokenizer(model: ResolvedModel, template: str) -> TokenizerSpec:
         template=template,
         max_length=model.spec.max_length,
         vocab_size=model.vocab_size,
+        close_turns=model.spec.engine == "classifier",
     )
 
 

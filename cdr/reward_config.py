@@ -18,7 +18,7 @@ from cdr.weights import checksum_command, is_uri
 
 Domain = str
 Condition = Literal["plain", "conditioned", "unconditional"]
-EngineName = Literal["transformers", "vllm", "stub"]
+EngineName = Literal["transformers", "vllm", "classifier", "stub"]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -49,8 +49,9 @@ class ModelSpec(Spec):
     )
     engine: EngineName = Field(
         "transformers",
-        description="What runs the model. None given: the reward's `engine`. `stub` makes numbers "
-        "from hashes, for tests of scale.",
+        description="What runs the model. None given: the reward's `engine`. `classifier`: a "
+        "trained reward model, read with transformers. `stub` makes numbers from hashes, for tests "
+        "of scale.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="`auto`: bfloat16 where the device computes it fast, else float32."
@@ -81,6 +82,16 @@ class ModelSpec(Spec):
         ge=1,
         description="GPUs over which the weights are split, vllm only; a task needs as many.",
     )
+    output: str | None = Field(
+        None,
+        description="Which output of a classifier is the reward: a label of its config, or with "
+        "`custom_code` a field of its result (`score`). None: its only one.",
+    )
+    custom_code: bool = Field(
+        False,
+        description="Run the Python code that comes with a classifier, on every node, with all "
+        "rights of the job. Read it before; only for a pinned `revision` or `checksum`.",
+    )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for the engine, passed as they are."
     )
@@ -90,19 +101,26 @@ class ModelSpec(Spec):
         return is_hub_id(self.path)
 
     @model_validator(mode="after")
-    def _only_with_vllm(self) -> Self:
-        if self.engine == "vllm":
-            return self
+    def _engine_has_it(self) -> Self:
         given = {
-            "quantization": self.quantization is not None,
-            "memory_fraction": self.memory_fraction is not None,
-            "tensor_parallel": self.tensor_parallel != 1,
+            "quantization": (self.quantization is not None, "vllm"),
+            "memory_fraction": (self.memory_fraction is not None, "vllm"),
+            "tensor_parallel": (self.tensor_parallel != 1, "vllm"),
+            "output": (self.output is not None, "classifier"),
+            "custom_code": (self.custom_code, "classifier"),
         }
         problems = [
-            f"{key}: only engine 'vllm' has it, got engine '{self.engine}'"
-            for key, is_given in given.items()
-            if is_given
+            f"{key}: only engine '{engine}' has it, got engine '{self.engine}'"
+            for key, (is_given, engine) in given.items()
+            if is_given and self.engine != engine
         ]
+        if self.engine == "classifier" and self.adapter is not None:
+            problems.append("adapter: engine 'classifier' takes none; merge it into the weights")
+        if self.custom_code and self.revision is None and self.checksum is None:
+            problems.append(
+                "custom_code: needs pinned code: the revision of a hub id, or the checksum that "
+                f"this prints: {checksum_command(self.path)} --custom-code"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -127,7 +145,7 @@ class ModelSpec(Spec):
             if checksum is None and is_uri(path):
                 problems.append(
                     f"{prefix}checksum: is required for the URI '{path}'; print it with: "
-                    f"{checksum_command(path)}"
+                    f"{checksum_command(path)}{' --custom-code' * self.custom_code}"
                 )
             if is_hub_id(path):
                 if revision is None or not _COMMIT.match(revision):
@@ -219,6 +237,8 @@ _FORMS: dict[str, tuple[tuple[str, Condition, float], ...]] = {
         ("weak", "conditioned", -1.0),
         ("weak", "unconditional", 1.0),
     ),
+    # A trained reward model: its score is the one term.
+    "classifier": (("classifier", "conditioned", 1.0),),
 }
 
 
@@ -231,8 +251,10 @@ class RewardSpec(Spec):
         "transformers", description="Engine of every model that names none itself."
     )
     models: dict[str, ModelSpec] = Field(description="Models by role: strong, weak, router, ...")
-    form: Literal["density_ratio", "prompt_delta", "pmi", "custom"] = Field(
-        "density_ratio", description="Which terms; `custom` takes them from `terms`."
+    form: Literal["density_ratio", "prompt_delta", "pmi", "classifier", "custom"] = Field(
+        "density_ratio",
+        description="Which terms; `custom` takes them from `terms`. `classifier`: the score of the "
+        "trained reward model `models.classifier`.",
     )
     terms: tuple[TermSpec, ...] = Field((), description="The terms of a `custom` reward.")
     reduction: Literal["sum", "mean"] = Field(
@@ -283,9 +305,22 @@ class RewardSpec(Spec):
             )
         if self.encoding.template == "strong" and "strong" not in self.models:
             problems.append("encoding.template: 'strong' needs a model 'strong'")
+        problems += self._classifier_problems()
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
+
+    def _classifier_problems(self) -> list[str]:
+        classifiers = {role for role, model in self.models.items() if model.engine == "classifier"}
+        asked = {term.model for term in self.resolved_terms()}
+        problems = []
+        if self.form == "classifier" and "classifier" in self.models and not classifiers & asked:
+            problems.append("models.classifier.engine: must be 'classifier' for form 'classifier'")
+        if self.reduction == "mean" and asked & classifiers:
+            problems.append("reduction: a classifier's score has no mean per token; set 'sum'")
+        if self.routing.mode == "adaptive" and self.routing.model in classifiers:
+            problems.append(f"routing.model: '{self.routing.model}' is a classifier; name an LLM")
+        return problems
 
     def resolved_terms(self) -> tuple[TermSpec, ...]:
         """Give the terms of the form, in a fixed order."""
@@ -311,6 +346,12 @@ class RewardSpec(Spec):
                 "(models.strong.tuned_from). Such pairs can be near chance: check the pair on "
                 "labelled pairs before you annotate with it."
             )
+        found += [
+            f"reward '{self.name}': models.{role} runs the Python code that comes with "
+            f"{model.path} ({model.revision or model.checksum}), as custom_code says."
+            for role, model in self.models.items()
+            if model.custom_code
+        ]
         return found
 
 

@@ -72,12 +72,12 @@ def test_a_folder_holds_the_same_reward_pinned_and_apart_from_its_sources(reward
     again = read_reward(folder, where="models:/toy/1")
     assert again.key == plan.key == read_identity(folder).reward_key
     assert again.encoding == plan.encoding
-    assert again.reward.description == "costs ${nothing}"
+    assert again.spec.description == "costs ${nothing}"
     assert sorted(file.name for file in folder.iterdir()) == [
         "identity.json", "prompt_pack.yaml", "reward.yaml"
     ]  # fmt: skip
-    assert set(again.reward.models) == {"strong", "weak", "router"}
-    for spec in again.reward.models.values():
+    assert set(again.spec.models) == {"strong", "weak", "router"}
+    for spec in again.spec.models.values():
         assert re.fullmatch("[0-9a-f]{64}", spec.checksum or "")
         assert "auto" not in (spec.dtype, spec.head_dtype)
 
@@ -89,7 +89,7 @@ def test_a_template_file_and_a_reward_without_a_pack_come_along(reward: Path) ->
     template.unlink()
     again = read_reward(folder, where="models:/toy/1")
     assert again.key == plan.key
-    assert again.reward.prompt_pack is None
+    assert again.spec.prompt_pack is None
     assert not (folder / "prompt_pack.yaml").exists()
 
 

@@ -81,11 +81,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class EncodedCandidate:
-    """A candidate's token ids for one model; `boundary_merged` as in `cdr.chat`."""
+    """What one model is asked about a candidate.
+
+    Args:
+        completion_id: the candidate's.
+        ids: its token ids; under a judge's view those of its letter.
+        boundary_merged: as in `cdr.chat`.
+        num_tokens: tokens of the candidate itself.
+    """
 
     completion_id: str
     ids: tuple[int, ...]
     boundary_merged: bool
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -245,6 +253,6 @@ class PromptEncoder:
                     f"the model takes {spec.max_length}",
                 )
             by_model[model_key] = EncodedCandidate(
-                candidate.completion_id, encoded.ids, encoded.boundary_merged
+                candidate.completion_id, encoded.ids, encoded.boundary_merged, len(encoded.ids)
             )
         return by_model

@@ -109,6 +109,7 @@ class RejectReason(StrEnum):
     TEMPLATE_REFUSED = "template_refused"
     BOUNDARY_UNSTABLE = "boundary_unstable"
     OUTSIDE_VOCABULARY = "outside_vocabulary"
+    NO_OTHER_CANDIDATE = "no_other_candidate"
 
 
 class RowRejected(Exception):  # noqa: N818 - a verdict on a row, not an error of the program

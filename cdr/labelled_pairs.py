@@ -258,7 +258,11 @@ def judge_pairs(
         F.first("domain").alias("domain"),
         F.first("domain_source").alias("domain_source"),
     )
-    refused = rejects.groupBy("prompt_id").agg(F.min("reason").alias("refused"))
+    # Of a judge's pair, what is wrong with one answer comes before what that means for the other.
+    alone = F.col("reason") == RejectReason.NO_OTHER_CANDIDATE.value
+    refused = rejects.groupBy("prompt_id").agg(
+        F.coalesce(F.min(F.when(~alone, F.col("reason"))), F.min("reason")).alias("refused")
+    )
     joined = pairs.select("prompt_id", "section", "subset")
     for other in (prompts, side(CHOSEN, "chosen"), side(REJECTED, "rejected"), refused):
         joined = joined.join(other, on="prompt_id", how="left")

@@ -18,7 +18,7 @@ from typing import Any
 
 import cdr
 from cdr.config import TrackingSpec
-from cdr.errors import InputError, SetupError
+from cdr.errors import ConfigError, InputError, SetupError
 from cdr.plan import RewardPlan
 from cdr.registry import KEY_TAG, Registry, RewardVersion, check_name
 from cdr.reward_files import describe_weights, package_version, write_reward
@@ -116,9 +116,15 @@ def register_reward(
         force: make a new version in any case.
 
     Raises:
-        ConfigError: the name or alias cannot be one.
+        ConfigError: the name or alias cannot be one, or the reward is a judge.
         SetupError: the store or registry cannot be used.
     """
+    if plan.spec.is_judge:
+        raise ConfigError(
+            [f"form: '{plan.spec.form}' compares the candidates of a prompt, so it is no function "
+             "of a row, as a registered reward is"],
+            fix="give its YAML to jobs/annotate.py or jobs/evaluate.py",
+        )  # fmt: skip
     name = name or plan.spec.name
     check_name("--name", name)
     if alias is not None:

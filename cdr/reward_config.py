@@ -17,7 +17,7 @@ from cdr.config_files import Spec, load_config
 from cdr.weights import checksum_command, is_uri
 
 Domain = str
-Condition = Literal["plain", "conditioned", "unconditional"]
+Condition = Literal["plain", "conditioned", "unconditional", "compared"]
 EngineName = Literal["transformers", "vllm", "classifier", "stub"]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
@@ -171,7 +171,8 @@ class TermSpec(Spec):
     model: str = Field(description="Key in `models`.")
     condition: Condition = Field(
         "conditioned",
-        description="`plain`: log p(y|x); `conditioned`: log p(y|T(x)); `unconditional`: log p(y).",
+        description="`plain`: log p(y|x); `conditioned`: log p(y|T(x)); `unconditional`: log p(y). "
+        "`compared` is that of form `judge`: log-odds that the model names y the better answer.",
     )
     weight: float = Field(description="Factor of the log-prob in the sum; not 0.")
 
@@ -239,6 +240,8 @@ _FORMS: dict[str, tuple[tuple[str, Condition, float], ...]] = {
     ),
     # A trained reward model: its score is the one term.
     "classifier": (("classifier", "conditioned", 1.0),),
+    # The strong model as a generative judge.
+    "judge": (("strong", "compared", 1.0),),
 }
 
 
@@ -251,10 +254,11 @@ class RewardSpec(Spec):
         "transformers", description="Engine of every model that names none itself."
     )
     models: dict[str, ModelSpec] = Field(description="Models by role: strong, weak, router, ...")
-    form: Literal["density_ratio", "prompt_delta", "pmi", "classifier", "custom"] = Field(
+    form: Literal["density_ratio", "prompt_delta", "pmi", "classifier", "judge", "custom"] = Field(
         "density_ratio",
         description="Which terms; `custom` takes them from `terms`. `classifier`: the score of the "
-        "trained reward model `models.classifier`.",
+        "trained reward model `models.classifier`. `judge`: `models.strong` compares every two "
+        "candidates in both orders.",
     )
     terms: tuple[TermSpec, ...] = Field((), description="The terms of a `custom` reward.")
     reduction: Literal["sum", "mean"] = Field(
@@ -305,12 +309,23 @@ class RewardSpec(Spec):
             )
         if self.encoding.template == "strong" and "strong" not in self.models:
             problems.append("encoding.template: 'strong' needs a model 'strong'")
-        problems += self._classifier_problems()
+        problems += self._kind_problems()
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
 
-    def _classifier_problems(self) -> list[str]:
+    @property
+    def is_judge(self) -> bool:
+        """Whether candidates are compared with each other, and none has a reward by itself."""
+        return self.form == "judge"
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the reward is a sum over a completion's tokens."""
+        engines = {self.models[term.model].engine for term in self.resolved_terms()}
+        return not self.is_judge and "classifier" not in engines
+
+    def _kind_problems(self) -> list[str]:
         classifiers = {role for role, model in self.models.items() if model.engine == "classifier"}
         asked = {term.model for term in self.resolved_terms()}
         problems = []
@@ -318,6 +333,13 @@ class RewardSpec(Spec):
             problems.append("models.classifier.engine: must be 'classifier' for form 'classifier'")
         if self.reduction == "mean" and asked & classifiers:
             problems.append("reduction: a classifier's score has no mean per token; set 'sum'")
+        if self.is_judge:
+            if self.reduction == "mean":
+                problems.append("reduction: a judge's letter has no mean per token; set 'sum'")
+            if asked & classifiers:
+                problems.append("models.strong.engine: a classifier cannot judge; name an LLM")
+        elif any(term.condition == "compared" for term in self.resolved_terms()):
+            problems.append("terms: the condition 'compared' is that of form 'judge' alone")
         if self.routing.mode == "adaptive" and self.routing.model in classifiers:
             problems.append(f"routing.model: '{self.routing.model}' is a classifier; name an LLM")
         return problems

@@ -80,7 +80,11 @@ LOGPROBS = Table(
         ),
         ("prefix_hash", "binary", "First 16 bytes of the sha256 of the prefix's int32 token ids"),
         ("completion_hash", "binary", "The same of the completion's token ids"),
-        ("logprob_sum", "double", "Sum of the completion's token log-probs, nats"),
+        (
+            "logprob_sum",
+            "double",
+            "Sum of the completion's token log-probs, nats; of a classifier, its score",
+        ),
         ("num_tokens", "int", "Tokens of the completion, end-of-turn token included"),
         ("num_prefix_tokens", "int", "Tokens of the prefix"),
         ("token_logprobs", "array<float>", "Log-prob per token, nats; null unless asked for"),
@@ -111,16 +115,17 @@ REWARDS = Table(
         ("exemplar_id", "string", "Exemplar drawn from the pack; null: none"),
         ("exemplar_dropped", "boolean", "The exemplar was left out because the prompt was long"),
         ("reward", "double", "Weighted sum of the terms, nats; null unless status is ok"),
-        ("strong_logprob", "double", "First positive term's log-prob sum, nats"),
+        ("strong_logprob", "double", "First positive term's log-prob sum, nats; null: a judge"),
         ("weak_logprob", "double", "First negative term's log-prob sum, nats; null: none"),
-        ("num_tokens", "int", "Completion tokens of the first term's model"),
+        ("num_tokens", "int", "Completion tokens of the first term's model, or of the judge"),
         ("rank", "int", "1 for the prompt's highest reward; ties share a rank; null: no reward"),
         ("boundary_merged", "boolean", "The tokenizer would merge text across the boundary"),
         (
             "terms",
             "map<string, struct<model_key: string, prefix_hash: binary, completion_hash: binary, "
             "logprob_sum: double, num_tokens: int>>",
-            "Every term by `model/condition`, with the key of its row in logprobs",
+            "Every term by `model/condition`, with the key of its row in logprobs; of a judge, the "
+            "completion's letter by `model/compared/prefix_hash`, one per question",
         ),
         ("passthrough", "string", "The input's other columns as JSON; null: none"),
         ("status", "string", "ok, or failed (tried again by the next run)"),

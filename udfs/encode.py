@@ -7,14 +7,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from cdr.encoding import Candidate, EncodingPlan, PromptEncoder, ids_hash
+from cdr.encoding import Candidate, EncodingPlan, ids_hash
+from cdr.judge_encoding import Encoder, make_encoder
 
 ENCODED_DDL = (
     "prompt_id string, prompt_hash string, instruction_id string, exemplar_id string, "
     "exemplar_dropped boolean, "
     "views array<struct<model_key: string, condition: string, prefix_hash: binary, "
     "prefix_ids: array<int>, candidates: array<struct<completion_id: string, "
-    "completion_hash: binary, ids: array<int>, boundary_merged: boolean>>>>, "
+    "completion_hash: binary, ids: array<int>, boundary_merged: boolean, num_tokens: int>>>>, "
     "rejected array<struct<completion_id: string, reason: string, detail: string>>"
 )
 """Schema of what `make_encode` yields."""
@@ -27,6 +28,7 @@ _CANDIDATE = pa.struct(
         ("completion_hash", pa.binary()),
         ("ids", pa.list_(pa.int32())),
         ("boundary_merged", pa.bool_()),
+        ("num_tokens", pa.int32()),
     ]
 )
 _SCHEMA = pa.schema(
@@ -81,10 +83,10 @@ def make_encode(
     """
 
     def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        encoder: PromptEncoder | None = None
+        encoder: Encoder | None = None
         for batch in batches:
             # Loaded with the first batch: an empty partition loads no tokenizer.
-            encoder = encoder or PromptEncoder(plan)
+            encoder = encoder or make_encoder(plan)
             # A batch of Spark's may hold thousands of prompts; as Python objects they would take
             # many times the memory.
             for start in range(0, batch.num_rows, _CHUNK_ROWS):
@@ -96,7 +98,7 @@ def make_encode(
     return encode
 
 
-def _encode_row(encoder: PromptEncoder, row: dict[str, Any]) -> dict[str, object]:
+def _encode_row(encoder: Encoder, row: dict[str, Any]) -> dict[str, object]:
     encoded = encoder.encode(
         row["prompt"],
         row["prompt_hash"],
@@ -121,6 +123,7 @@ def _encode_row(encoder: PromptEncoder, row: dict[str, Any]) -> dict[str, object
                         "completion_hash": ids_hash(candidate.ids),
                         "ids": candidate.ids,
                         "boundary_merged": candidate.boundary_merged,
+                        "num_tokens": candidate.num_tokens,
                     }
                     for candidate in view.candidates
                 ],

@@ -264,5 +264,10 @@ class ReportData:
 
 
 def term_weights(reward: RewardSpec) -> dict[str, float]:
-    """Give the weight of each term by its name `model/condition`, in the reward's order."""
+    """Give the weight of each term by its name `model/condition`, in the reward's order.
+
+    None of a judge: its terms are questions, as many as there are other candidates.
+    """
+    if reward.is_judge:
+        return {}
     return {f"{term.model}/{term.condition}": term.weight for term in reward.resolved_terms()}

@@ -70,7 +70,10 @@ def encoded(spark: SparkSession, prompts: dict[str, list[list[int]]]) -> DataFra
                 "conditioned",
                 name.encode(),
                 list(name.encode()),
-                [(f"{name}{i}", bytes(ids), ids, False) for i, ids in enumerate(completions)],
+                [
+                    (f"{name}{i}", bytes(ids), ids, False, len(ids))
+                    for i, ids in enumerate(completions)
+                ],
             )
             for engine in (STRONG, WEAK)
         ]

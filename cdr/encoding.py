@@ -98,12 +98,28 @@ class EncodedCandidate:
 
 @dataclass(frozen=True)
 class EncodedView:
-    """What one model reads under one condition, and the candidates after it."""
+    """What one model reads under one condition, and the candidates after it.
+
+    Args:
+        model_key: the model's.
+        condition: how it reads the prompt.
+        prefix_ids: what it reads; none where it is asked in text.
+        candidates: what follows.
+        question: messages as JSON, for a judge that is asked in text; None otherwise.
+    """
 
     model_key: str
     condition: Condition
     prefix_ids: tuple[int, ...]
     candidates: tuple[EncodedCandidate, ...]
+    question: str | None = None
+
+    @property
+    def prefix_hash(self) -> bytes:
+        """Hash of what is read; 16 bytes."""
+        if self.question is None:
+            return ids_hash(self.prefix_ids)
+        return hashlib.sha256(self.question.encode()).digest()[:16]
 
 
 @dataclass(frozen=True)

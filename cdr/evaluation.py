@@ -28,7 +28,15 @@ from cdr.job_run import Share
 from cdr.reward_config import RewardSpec
 from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
-from cdr.tables import BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REJECTS, REWARDS, ROUTES
+from cdr.tables import (
+    BENCHMARK_PAIRS,
+    BENCHMARK_RESULTS,
+    LOGPROBS,
+    REJECTS,
+    REWARDS,
+    ROUTES,
+    VERDICTS,
+)
 from cdr.warehouse import Warehouse
 
 
@@ -106,16 +114,20 @@ class EvaluationRun(ScoringRun):
             with tempfile.TemporaryDirectory() as folder:
                 for file in draw_report(report, title, Path(folder)):
                     self._tracker.log_file(file)
-        self._log_outputs((ROUTES, LOGPROBS, REWARDS, REJECTS, BENCHMARK_PAIRS, BENCHMARK_RESULTS))
+        self._log_outputs(
+            (ROUTES, LOGPROBS, VERDICTS, REWARDS, REJECTS, BENCHMARK_PAIRS, BENCHMARK_RESULTS)
+        )
         reused = work.asked - now - failed
+        asked = "questions" if plan.annotation.reward.spec.is_asked_by_api else "log-probs"
         print(
             f"\n{title}: {report.judged:,} of {report.pairs:,} pairs judged\n"
-            f"log-probs: {work.asked:,} asked, {reused:,} were in the store, "
+            f"{asked}: {work.asked:,} asked, {reused:,} were in the store, "
             f"{now:,} scored in {spent_s['scoring_s']:.0f} s, {failed:,} failed\n\n"
             f"{report.render()}\n"
         )
         for warning in report.warnings():
             print(f"warning: {warning}")
+        self._say_cost()
         self._warn_of_mixed_versions()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")

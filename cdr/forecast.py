@@ -20,10 +20,13 @@ from cdr.estimate import (
     load_model_shape,
     sharing_gain,
 )
+from cdr.judge_encoding import CHARS_PER_TOKEN
 from cdr.prompt_pack import PromptPack
+from cdr.reward_config import ApiSpec
 from cdr.routing import known_routes
 from cdr.scoring import Work, plan_waves
 from cdr.stages import Context
+from cdr.verdicts import plan_question_waves
 
 _REFERENCE_GPUS = ("NVIDIA A10G", "NVIDIA A100", "NVIDIA H100")
 
@@ -82,13 +85,17 @@ def forecast(candidates: DataFrame, routed: DataFrame, work: Work, run: Context)
     sources = {r[0]: r[1] for r in routed.groupBy("domain_source").count().collect()}
     share = 1 - work.completions / work.asked if work.asked else 1.0
     reasons = ", ".join(f"{row[0]} {row[1]:,}" for row in rejected) or "0"
+    if plan.reward.spec.is_asked_by_api:
+        asked, waves = "questions", plan_question_waves(work, run)
+    else:
+        asked, waves = "log-probs", plan_waves(work, run)
     lines = [
         "dry run: nothing is written, no model is loaded",
         "",
         f"prompts      {sum(sources.values()):,}",
         f"candidates   {total:,}   rejected so far: {reasons}",
-        f"log-probs    {work.asked:,} asked, {work.asked - work.completions:,} in the store "
-        f"({share:.0%}), {work.completions:,} to score in {len(plan_waves(work, run)):,} waves",
+        f"{asked}    {work.asked:,} asked, {work.asked - work.completions:,} in the store "
+        f"({share:.0%}), {work.completions:,} to score in {len(waves):,} waves",
         f"tokens       {format_count(work.tokens)} to read",
     ]
     if unknown := sources.get("assumed", 0):
@@ -96,11 +103,22 @@ def forecast(candidates: DataFrame, routed: DataFrame, work: Work, run: Context)
             f"not routed   {unknown:,} prompts; counted with the longest conditioning, and the "
             "router's own reading comes on top"
         )
-    if work.tokens:
+    if work.tokens and plan.reward.spec.is_asked_by_api:
+        lines += ["", _price(work, run)]
+    elif work.tokens:
         lines += ["", *_costs(work, run)]
     if plan.limit is not None:
         lines += ["", f"with --limit: results would go to the dataset '{plan.dataset}'"]
     return "\n".join(lines)
+
+
+def _price(work: Work, run: Context) -> str:
+    (engine,) = run.plan.reward.engines
+    api = ApiSpec.model_validate_json(engine.extra)
+    if api.prompt_price is None or api.answer_price is None:
+        return "what that costs is not known: models.judge.api has no prompt_price and answer_price"
+    cost = (work.tokens * api.prompt_price + work.completions * api.answer_price) / 1e6
+    return f"about {cost:,.2f} USD by the config's prices, at {CHARS_PER_TOKEN} characters a token"
 
 
 def _costs(work: Work, run: Context) -> list[str]:

@@ -1,11 +1,13 @@
-"""From a prompt with its candidates to the questions a judge is asked about them, as token ids.
+"""From a prompt with its candidates to the questions a judge is asked about them.
 
 What `cdr.encoding` is to a reward of log-prob terms: each view is a pair of answers in one order,
-and what follows its prefix is the letter of each candidate. Pure: no Spark, no torch.
+and what follows its prefix is the letter of each candidate. A model of ours is asked in token ids,
+one behind an API in text. Pure: no Spark, no torch.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import permutations
 from typing import Protocol
@@ -21,6 +23,9 @@ from cdr.encoding import (
 )
 from cdr.errors import RejectReason, RowRejected
 from cdr.judge import LABELS, judge_messages
+
+CHARS_PER_TOKEN = 4
+"""Of English prose, where nothing better is known."""
 
 Refusal = tuple[str, RejectReason, str]
 """completion_id, reason and detail of a candidate that is refused."""
@@ -42,29 +47,91 @@ class Encoder(Protocol):
 
 def make_encoder(plan: EncodingPlan) -> Encoder:
     """Make the encoder of a plan: a judge's, or that of log-prob terms."""
-    is_judge = any(condition == "compared" for _, condition in plan.views)
-    return JudgeEncoder(plan) if is_judge else PromptEncoder(plan)
+    if not any(condition == "compared" for _, condition in plan.views):
+        return PromptEncoder(plan)
+    return JudgeEncoder(plan, _TokenQuestions(plan) if plan.tokenizers else _TextQuestions())
 
 
-class JudgeEncoder:
-    """Encodes what a judge is asked, by a plan with one tokenizer; loads it once.
+class Questions(Protocol):
+    """How a judge is asked, and how long that is."""
 
-    Args:
-        plan: what decides the token ids.
-    """
+    @property
+    def letters(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of `LABELS`."""
+        ...
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a question at most; None where only the endpoint knows."""
+        ...
+
+    def count_tokens(self, candidate: Candidate) -> int:
+        """Count a candidate's tokens.
+
+        Raises:
+            RowRejected: the candidate cannot be shown.
+        """
+        ...
+
+    def ask(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], str | None]:
+        """Give a question's token ids and its text, one of which is empty.
+
+        Raises:
+            RowRejected: it cannot be asked.
+        """
+        ...
+
+
+class _TokenQuestions:
     def __init__(self, plan: EncodingPlan) -> None:
-        self._plan = plan
-        (self._tokenizer,) = plan.tokenizers
+        (tokenizer,) = plan.tokenizers
         self._encoder = ChatEncoder.load(
-            self._tokenizer.path,
-            self._tokenizer.revision,
-            template=self._tokenizer.template,
+            tokenizer.path,
+            tokenizer.revision,
+            template=tokenizer.template,
             special_tokens_in_text=plan.special_tokens_in_text,
             score_end_of_turn=plan.score_end_of_turn,
         )
         # Cut, as it were: a letter is judged by itself, without an end of turn.
-        self._labels = [self._encoder.encode_completion(letter, "length") for letter in LABELS]
+        a, b = (self._encoder.encode_completion(letter, "length").ids for letter in LABELS)
+        self.letters = (a, b)
+        self.longest = tokenizer.max_length - max(len(a), len(b))
+
+    def count_tokens(self, candidate: Candidate) -> int:
+        return len(
+            self._encoder.encode_completion(candidate.completion, candidate.finish_reason).ids
+        )
+
+    def ask(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], str | None]:
+        return self._encoder.encode_prefix(messages), None
+
+
+class _TextQuestions:
+    # Bytes stand for them: they only name the letter in tables.
+    letters = (tuple(LABELS[0].encode()), tuple(LABELS[1].encode()))
+    longest = None
+
+    def count_tokens(self, candidate: Candidate) -> int:
+        """Estimate: the endpoint's tokenizer is not known."""
+        if not candidate.completion:
+            raise RowRejected(RejectReason.EMPTY_COMPLETION, "the completion has no text")
+        return max(1, round(len(candidate.completion) / CHARS_PER_TOKEN))
+
+    def ask(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], str | None]:
+        return (), json.dumps(list(messages), ensure_ascii=False)
+
+
+class JudgeEncoder:
+    """Encodes what a judge is asked, by a plan.
+
+    Args:
+        plan: what decides it.
+        questions: how the judge is asked.
+    """
+
+    def __init__(self, plan: EncodingPlan, questions: Questions) -> None:
+        self._plan, self._questions = plan, questions
+        ((self._model_key, self._condition),) = plan.views
 
     def encode(
         self,
@@ -102,7 +169,7 @@ class JudgeEncoder:
     ) -> EncodedPrompt:
         criteria = instruction_id = exemplar_id = None
         rejected: list[Refusal] = []
-        prefixes: dict[tuple[str, str], tuple[int, ...]] = {}
+        asked: dict[tuple[str, str], tuple[tuple[int, ...], str | None]] = {}
         try:
             if self._plan.pack is not None and domain is not None:
                 conditioned = self._plan.pack.condition(
@@ -113,12 +180,14 @@ class JudgeEncoder:
                 exemplar_id = conditioned.exemplar_id
             answers, num_tokens = self._read(candidates, rejected)
             for first, second in permutations(answers, 2):
-                asked = judge_messages(messages, criteria, first, second)
-                prefixes[first, second] = self._encoder.encode_prefix(asked)
+                asked[first, second] = self._questions.ask(
+                    judge_messages(messages, criteria, first, second)
+                )
         except RowRejected as refusal:
             whole = tuple((c.completion_id, refusal.reason, refusal.detail) for c in candidates)
             return EncodedPrompt((), whole, None, None, False)
-        self._refuse_too_long(answers, num_tokens, prefixes, rejected)
+        lengths = {pair: len(prefix_ids) for pair, (prefix_ids, _) in asked.items()}
+        self._refuse_too_long(answers, num_tokens, lengths, rejected)
         if len(answers) == 1:
             (alone,) = answers.values()
             detail = "a judge compares answers, and this one has no other"
@@ -126,14 +195,15 @@ class JudgeEncoder:
             answers = {}
         views = [
             EncodedView(
-                self._tokenizer.model_key,
-                "compared",
-                prefixes[pair],
+                self._model_key,
+                self._condition,
+                asked[pair][0],
                 tuple(
-                    EncodedCandidate(name, label.ids, label.boundary_merged, num_tokens[text])
-                    for text, label in zip(pair, self._labels, strict=True)
+                    EncodedCandidate(name, ids, False, num_tokens[text])
+                    for text, ids in zip(pair, self._questions.letters, strict=True)
                     for name in answers[text]
                 ),
+                asked[pair][1],
             )
             for pair in permutations(answers, 2)
         ]
@@ -150,25 +220,25 @@ class JudgeEncoder:
         for candidate in candidates:
             text = candidate.completion
             try:
-                ids = self._encoder.encode_completion(text, candidate.finish_reason).ids
+                count = self._questions.count_tokens(candidate)
             except RowRejected as refusal:
                 rejected.append((candidate.completion_id, refusal.reason, refusal.detail))
                 continue
             answers.setdefault(text, []).append(candidate.completion_id)
-            num_tokens[text] = len(ids)
+            num_tokens[text] = count
         return answers, num_tokens
 
     def _refuse_too_long(
         self,
         answers: dict[str, list[str]],
         num_tokens: dict[str, int],
-        prefixes: dict[tuple[str, str], tuple[int, ...]],
+        lengths: dict[tuple[str, str], int],
         rejected: list[Refusal],
     ) -> None:
         """Take answers out, longest first, until every pair of them fits."""
-        limit = self._tokenizer.max_length - max(len(label.ids) for label in self._labels)
-        while len(answers) > 1:
-            longest = max(len(prefixes[pair]) for pair in permutations(answers, 2))
+        limit = self._questions.longest
+        while limit is not None and len(answers) > 1:
+            longest = max(lengths[pair] for pair in permutations(answers, 2))
             if longest <= limit:
                 return
             text = max(answers, key=lambda text: (num_tokens[text], text))

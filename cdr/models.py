@@ -19,7 +19,7 @@ from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import resolve_dtype
 from cdr.engines.vllm_setup import resolve_head_dtype
 from cdr.errors import ConfigError, ModelError
-from cdr.reward_config import ModelSpec, RewardSpec
+from cdr.reward_config import ApiSpec, ModelSpec, RewardSpec
 from cdr.weights import (
     Source,
     fetch_small_files,
@@ -45,7 +45,7 @@ class ResolvedModel:
         spec: what the config said.
         engine_spec: what hosts load; its `name` is the model key.
         vocab_size: rows of the embedding; token ids must be below it.
-        config_folder: local folder with config.json and tokenizer files.
+        config_folder: local folder with config.json and tokenizer files; empty for an API.
     """
 
     role: str
@@ -60,7 +60,12 @@ class ResolvedModel:
         return self.engine_spec.name
 
     def tokenizer_hash(self) -> str:
-        """Hash of the tokenizer's files: they decide token ids, not log-probs of ids."""
+        """Hash of the tokenizer's files: they decide token ids, not log-probs of ids.
+
+        Empty for a model behind an API, which is asked in text.
+        """
+        if self.spec.engine == "api":
+            return ""
         return hash_files(Path(self.config_folder), _TOKENIZER_FILES)
 
 
@@ -115,6 +120,8 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
             _STUB_VOCABULARY,
             spec.path,
         )
+    if spec.api is not None:
+        return _resolve_api(role, spec, spec.api)
     source = Source(spec.path, spec.revision, spec.checksum, has_code=spec.custom_code)
     model = _find(source, where)
     dtype = resolve_dtype(spec.dtype)
@@ -148,6 +155,20 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
     )
     vocab_size = _vocab_size(model.folder / "config.json", where)
     return ResolvedModel(role, spec, engine_spec, vocab_size, str(model.folder))
+
+
+def _resolve_api(role: str, spec: ModelSpec, api: ApiSpec) -> ResolvedModel:
+    """Key a model behind an API by all that is known of it: its names, and what it is asked for."""
+    identity = {
+        "engine": "api",
+        "model": spec.path,
+        "base_url": api.base_url,
+        "max_tokens": api.max_tokens,
+    }
+    engine = replace(
+        _engine_spec(spec, identity, "float32", "float32"), extra=api.model_dump_json()
+    )
+    return ResolvedModel(role, spec, engine, 0, "")
 
 
 def _engine_spec(

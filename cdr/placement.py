@@ -80,7 +80,7 @@ def weights_bytes(model: ResolvedModel) -> int | None:
     Floating-point weights are converted when they are loaded; others (quantised ones) stay as
     they are stored.
     """
-    if model.spec.engine == "stub":
+    if model.spec.engine in ("stub", "api"):
         return 0
     folder, run_bytes = Path(model.config_folder), _RUN_BYTES[model.engine_spec.dtype]
     files = sorted(folder.glob("*.safetensors"))

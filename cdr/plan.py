@@ -154,12 +154,16 @@ def plan_reward(reward: RewardSpec) -> RewardPlan:
     _check_domains(reward, pack)
     load = cache(load_tokenizer)  # models of a reward often share a tokenizer
     templates = {
-        term.model: _template(reward, models, models[term.model], load)
+        # What is asked in text has no template of ours.
+        term.model: ""
+        if models[term.model].spec.engine == "api"
+        else _template(reward, models, models[term.model], load)
         for term in reward.resolved_terms()
     }
     scoring = {models[term.model].model_key: models[term.model] for term in reward.resolved_terms()}
-    tokenizers = tuple(_tokenizer(model, templates[model.role]) for model in scoring.values())
-    for spec, model in zip(tokenizers, scoring.values(), strict=True):
+    readers = [model for model in scoring.values() if model.spec.engine != "api"]
+    tokenizers = tuple(_tokenizer(model, templates[model.role]) for model in readers)
+    for spec, model in zip(tokenizers, readers, strict=True):
         _check_vocabulary(spec, model, load)
     views = dict.fromkeys(
         (models[term.model].model_key, term.condition) for term in reward.resolved_terms()

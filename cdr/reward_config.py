@@ -18,18 +18,45 @@ from cdr.weights import checksum_command, is_uri
 
 Domain = str
 Condition = Literal["plain", "conditioned", "unconditional", "compared"]
-EngineName = Literal["transformers", "vllm", "classifier", "stub"]
+EngineName = Literal["transformers", "vllm", "classifier", "api", "stub"]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _CHECKSUM = re.compile(r"^[0-9a-f]{64}$")
 
 
+class ApiSpec(Spec):
+    """An OpenAI-compatible endpoint (`/chat/completions`), and how hard it may be asked."""
+
+    base_url: str = Field(pattern=r"^https?://", description="Such as `https://api.openai.com/v1`.")
+    api_key_variable: str = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable with the key, on every node. The key is written nowhere.",
+    )
+    max_tokens: int = Field(16, ge=1, description="Tokens of an answer at most; a letter is asked.")
+    concurrency: int = Field(8, ge=1, description="Requests at a time, over all tasks.")
+    requests_per_minute: float | None = Field(
+        None, gt=0, description="Requests begun per minute at most, over all tasks. None: no limit."
+    )
+    wave_questions: int = Field(
+        500, ge=1, description="Questions per commit: what a killed run has to pay for again."
+    )
+    timeout_s: float = Field(60, gt=0, description="Seconds to wait for an answer.")
+    retries: int = Field(
+        5, ge=0, description="Further tries of a request that is refused for now, or times out."
+    )
+    prompt_price: float | None = Field(
+        None, ge=0, description="USD per million tokens read. None: cost is not known."
+    )
+    answer_price: float | None = Field(None, ge=0, description="USD per million tokens written.")
+
+
 class ModelSpec(Spec):
     """A model and how to run it."""
 
     path: str = Field(
-        description="Folder (safetensors and tokenizer), hub id, or URI (`s3://bucket/prefix`)."
+        description="Folder (safetensors and tokenizer), hub id, or URI (`s3://bucket/prefix`); of "
+        "engine `api` the endpoint's name of the model."
     )
     revision: str | None = Field(
         None, description="Commit hash of the hub id: 40 hex digits, quoted. None for a folder."
@@ -50,8 +77,8 @@ class ModelSpec(Spec):
     engine: EngineName = Field(
         "transformers",
         description="What runs the model. None given: the reward's `engine`. `classifier`: a "
-        "trained reward model, read with transformers. `stub` makes numbers from hashes, for tests "
-        "of scale.",
+        "trained reward model, read with transformers. `api`: an endpoint, for judges. `stub` "
+        "makes numbers from hashes, for tests of scale.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="`auto`: bfloat16 where the device computes it fast, else float32."
@@ -92,6 +119,7 @@ class ModelSpec(Spec):
         description="Run the Python code that comes with a classifier, on every node, with all "
         "rights of the job. Read it before; only for a pinned `revision` or `checksum`.",
     )
+    api: ApiSpec | None = Field(None, description="The endpoint of engine `api`.")
     extra: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for the engine, passed as they are."
     )
@@ -108,12 +136,15 @@ class ModelSpec(Spec):
             "tensor_parallel": (self.tensor_parallel != 1, "vllm"),
             "output": (self.output is not None, "classifier"),
             "custom_code": (self.custom_code, "classifier"),
+            "api": (self.api is not None, "api"),
         }
         problems = [
             f"{key}: only engine '{engine}' has it, got engine '{self.engine}'"
             for key, (is_given, engine) in given.items()
             if is_given and self.engine != engine
         ]
+        if self.engine == "api" and self.api is None:
+            problems.append("api: engine 'api' needs it")
         if self.engine == "classifier" and self.adapter is not None:
             problems.append("adapter: engine 'classifier' takes none; merge it into the weights")
         if self.custom_code and self.revision is None and self.checksum is None:
@@ -127,7 +158,7 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
-        if self.engine == "stub":
+        if self.engine in ("stub", "api"):
             return self
         problems = []
         for prefix, path, revision, checksum in (
@@ -240,8 +271,8 @@ _FORMS: dict[str, tuple[tuple[str, Condition, float], ...]] = {
     ),
     # A trained reward model: its score is the one term.
     "classifier": (("classifier", "conditioned", 1.0),),
-    # The strong model as a generative judge.
-    "judge": (("strong", "compared", 1.0),),
+    # A model that is shown two answers: the strong one as generative judge, or one behind an API.
+    "judge": (("judge", "compared", 1.0),),
 }
 
 
@@ -257,7 +288,7 @@ class RewardSpec(Spec):
     form: Literal["density_ratio", "prompt_delta", "pmi", "classifier", "judge", "custom"] = Field(
         "density_ratio",
         description="Which terms; `custom` takes them from `terms`. `classifier`: the score of the "
-        "trained reward model `models.classifier`. `judge`: `models.strong` compares every two "
+        "trained reward model `models.classifier`. `judge`: `models.judge` compares every two "
         "candidates in both orders.",
     )
     terms: tuple[TermSpec, ...] = Field((), description="The terms of a `custom` reward.")
@@ -320,6 +351,11 @@ class RewardSpec(Spec):
         return self.form == "judge"
 
     @property
+    def is_asked_by_api(self) -> bool:
+        """Whether the reward is a judge behind an API, which gives verdicts and no log-probs."""
+        return self.is_judge and self.models["judge"].engine == "api"
+
+    @property
     def is_per_token(self) -> bool:
         """Whether the reward is a sum over a completion's tokens."""
         engines = {self.models[term.model].engine for term in self.resolved_terms()}
@@ -337,9 +373,14 @@ class RewardSpec(Spec):
             if self.reduction == "mean":
                 problems.append("reduction: a judge's letter has no mean per token; set 'sum'")
             if asked & classifiers:
-                problems.append("models.strong.engine: a classifier cannot judge; name an LLM")
+                problems.append("models.judge.engine: a classifier cannot judge; name an LLM")
         elif any(term.condition == "compared" for term in self.resolved_terms()):
             problems.append("terms: the condition 'compared' is that of form 'judge' alone")
+        problems += [
+            f"models.{role}.engine: 'api' gives no log-probs; only a judge is asked so"
+            for role, model in self.models.items()
+            if model.engine == "api" and not (self.is_judge and role == "judge")
+        ]
         if self.routing.mode == "adaptive" and self.routing.model in classifiers:
             problems.append(f"routing.model: '{self.routing.model}' is a classifier; name an LLM")
         return problems

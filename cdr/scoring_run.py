@@ -28,6 +28,7 @@ from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.tables import LOGPROBS, Table
 from cdr.tracking import RunTracker, TableVersion, redact
+from cdr.verdicts import count_cost
 from cdr.warehouse import Warehouse
 from cdr.waves import BucketRange, WaveResult
 
@@ -165,6 +166,11 @@ class ScoringRun(JobRun):
             if written is not None:
                 place = self._warehouse.place(table)
                 self._tracker.log_table(TableVersion(table.name, place, written), role="output")
+
+    def _say_cost(self) -> None:
+        """Say what the questions to a judge behind an API took."""
+        if self._plan.reward.spec.is_asked_by_api and (said := count_cost(self.context)):
+            print(said)
 
     def _warn_of_mixed_versions(self) -> None:
         """Say where log-probs of the reward's models were computed by several engine versions."""

@@ -22,15 +22,13 @@ from cdr.errors import FailReason
 from cdr.inputs import read_candidates
 from cdr.pairs import select_pairs
 from cdr.plan import AnnotationPlan
-from cdr.reward import logprob_column, reward_column, strong_term, weak_term
 from cdr.sources import reading
 from cdr.staging import Staging
-from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, UNPAIRED
+from cdr.tables import PREFERENCES, REJECTS, REWARDS, UNPAIRED
 from cdr.warehouse import Warehouse
+from cdr.weighing import weigh
 
 MapFunction = Callable[[Iterator[Any]], Iterator[Any]]
-
-_TERM_FIELDS = ("model_key", "prefix_hash", "completion_hash", "logprob_sum", "num_tokens")
 
 
 @dataclass(frozen=True)
@@ -150,15 +148,15 @@ def reward(
         "prompt_id", "r.completion_id"
     )
     keyed = ["prompt_id", "completion_id"]
-    weighed = (
-        _compare(encoded, failures, plan, warehouse)
-        if plan.config.reward.is_judge
-        else (_weigh(_answers(encoded, failures, plan, warehouse), plan))
-    )
+    weighed = weigh(encoded, failures, plan, warehouse)
+    if plan.config.reward.is_asked_by_api:
+        unjudged = weighed.where("judge_reason IS NOT NULL")
+        run.staging.write("unjudged", unjudged.select(*keyed, "judge_reason"))
     rows = (
         rows.join(drawn, on="prompt_id", how="left")
         .join(refused, on=keyed, how="left_anti")
         .join(weighed, on=keyed, how="left")
+        .where("judge_reason IS NULL")
     )
     error = F.coalesce("route_error", "error", F.lit(FailReason.NOT_SCORED.value))
     ranked = Window.partitionBy("prompt_id").orderBy(F.desc_nulls_last("reward"))
@@ -189,150 +187,6 @@ def read_rewards(plan: AnnotationPlan, warehouse: Warehouse) -> DataFrame:
     )
 
 
-def _weigh(answered: DataFrame, plan: AnnotationPlan) -> DataFrame:
-    """Weigh the terms of each candidate.
-
-    Args:
-        answered: from `_answers`.
-        plan: the run's.
-
-    Returns:
-        prompt_id, completion_id, terms, reward, strong_logprob, weak_logprob, num_tokens,
-        boundary_merged, error. A candidate that failed has no terms rather than half of them.
-    """
-    spec = plan.config.reward
-    terms = spec.resolved_terms()
-    named = {
-        name: F.element_at("answers", f"{model_key}/{condition}")
-        for name, (model_key, condition) in plan.reward.term_views().items()
-    }
-    first = next(iter(named))
-    whole = F.lit(True)
-    for answer in named.values():
-        whole = whole & answer["logprob_sum"].isNotNull()
-    entries = [
-        item
-        for name, answer in named.items()
-        for item in (F.lit(name), F.struct(*[answer[field].alias(field) for field in _TERM_FIELDS]))
-    ]
-    weighed = answered.withColumn("terms", F.when(whole, F.create_map(*entries)))
-    return weighed.select(
-        "prompt_id", "completion_id", "terms",
-        reward_column(terms, spec.reduction).alias("reward"),
-        logprob_column(strong_term(terms)).alias("strong_logprob"),
-        logprob_column(weak_term(terms)).alias("weak_logprob"),
-        F.element_at("terms", first)["num_tokens"].alias("num_tokens"),
-        "boundary_merged",
-        F.coalesce(*[answer["error"] for answer in named.values()]).alias("error"),
-    )  # fmt: skip
-
-
-def _compare(
-    encoded: DataFrame, failures: DataFrame | None, plan: AnnotationPlan, warehouse: Warehouse
-) -> DataFrame:
-    """Give each candidate its mean log-odds against the others (`cdr.judge`).
-
-    Returns:
-        The columns of `_weigh`. Terms are the log-probs of the candidate's letters, one per
-        question it stands in; what the letter's rival got is in the terms of the other candidate.
-    """
-    ((name, _),) = plan.reward.term_views().items()
-    question = Window.partitionBy("prompt_id", "prefix_hash")
-    answered = _look_up(encoded, failures, plan, warehouse)
-    # Of the two letters, one is the likelier; answers with the same text share theirs.
-    own, best, least = F.col("logprob_sum"), F.max("logprob_sum"), F.min("logprob_sum")
-    odds = best.over(question) - least.over(question)
-    missing = F.max(own.isNull()).over(question)
-    compared = answered.withColumns(
-        {
-            "odds": F.when(~missing, F.when(own == best.over(question), odds).otherwise(-odds)),
-            "error": F.max("error").over(question),
-        }
-    )
-    term = F.struct(*[F.col("num_label_tokens" if f == "num_tokens" else f).alias(f)
-                      for f in _TERM_FIELDS])  # fmt: skip
-    gathered = compared.groupBy("prompt_id", "completion_id").agg(
-        F.map_from_entries(
-            F.collect_list(F.struct(F.concat_ws("/", F.lit(name), F.hex("prefix_hash")), term))
-        ).alias("terms"),
-        # Sorted: a sum of doubles depends on its order.
-        F.array_sort(F.collect_list("odds")).alias("odds"),
-        F.count("*").alias("questions"),
-        F.max("num_tokens").alias("num_tokens"),
-        F.max("boundary_merged").alias("boundary_merged"),
-        F.max("error").alias("error"),
-    )
-    total = F.aggregate("odds", F.lit(0.0), lambda whole, one: whole + one)
-    whole = F.size("odds") == F.col("questions")
-    no_logprob = F.lit(None).cast("double")
-    return gathered.select(
-        "prompt_id", "completion_id",
-        F.when(whole, F.col("terms")).alias("terms"),
-        F.when(whole, total / F.col("questions")).alias("reward"),
-        no_logprob.alias("strong_logprob"),
-        no_logprob.alias("weak_logprob"),
-        "num_tokens", "boundary_merged", "error",
-    )  # fmt: skip
-
-
-def _answers(
-    encoded: DataFrame, failures: DataFrame | None, plan: AnnotationPlan, warehouse: Warehouse
-) -> DataFrame:
-    """Join every encoded candidate with its log-probs, as a map by `model_key/condition`."""
-    answer = F.struct(
-        "model_key", "prefix_hash", "completion_hash", "logprob_sum", "num_tokens", "error"
-    )
-    return (
-        _look_up(encoded, failures, plan, warehouse)
-        .groupBy("prompt_id", "completion_id")
-        .agg(
-            F.map_from_entries(
-                F.collect_list(F.struct(F.concat_ws("/", "model_key", "condition"), answer))
-            ).alias("answers"),
-            F.max("boundary_merged").alias("boundary_merged"),
-        )
-    )
-
-
-def _look_up(
-    encoded: DataFrame, failures: DataFrame | None, plan: AnnotationPlan, warehouse: Warehouse
-) -> DataFrame:
-    """Give the log-prob of every candidate under every view, or its error of this run.
-
-    Returns:
-        prompt_id, completion_id, model_key, condition, prefix_hash, completion_hash, num_tokens
-        (of the candidate), boundary_merged, logprob_sum, num_label_tokens (of what was scored),
-        error.
-    """
-    views = encoded.select("prompt_id", F.explode("views").alias("v")).select(
-        "prompt_id",
-        F.col("v.model_key").alias("model_key"),
-        F.col("v.condition").alias("condition"),
-        F.col("v.prefix_hash").alias("prefix_hash"),
-        F.explode("v.candidates").alias("c"),
-    )
-    asked = views.select(
-        "prompt_id", "model_key", "condition", "prefix_hash",
-        "c.completion_id", "c.completion_hash", "c.boundary_merged", "c.num_tokens",
-    )  # fmt: skip
-    key = list(LOGPROBS.key)
-    keys = [engine.name for engine in plan.reward.engines]
-    logprobs = (
-        warehouse.read(LOGPROBS)
-        .where(F.col("model_key").isin(keys))
-        .groupBy(*key)
-        # Two runs at once may both have written a key; any one of the rows is right.
-        .agg(
-            F.min_by("logprob_sum", "run_id").alias("logprob_sum"),
-            F.min_by("num_tokens", "run_id").alias("num_label_tokens"),
-        )
-    )
-    joined = asked.join(logprobs, on=key, how="left")
-    if failures is None:
-        return joined.withColumn("error", F.lit(None).cast("string"))
-    return joined.join(failures.select(*key, "error"), on=key, how="left")
-
-
 def reject(candidates: DataFrame, encoded: DataFrame, run: Context) -> DataFrame:
     """Write every refused row with its reason, replacing this dataset's earlier rejects."""
     validated = candidates.where("reason IS NOT NULL").withColumn("stage", F.lit("validate"))
@@ -345,10 +199,18 @@ def reject(candidates: DataFrame, encoded: DataFrame, run: Context) -> DataFrame
         .join(refused, on=["prompt_id", "completion_id"], how="inner")
         .withColumn("stage", F.lit("encode"))
     )
-    rows = (
-        validated.unionByName(at_encoding)
-        .withColumn("dataset", F.lit(run.plan.dataset))
-        .withColumn("run_id", F.lit(run.run_id))
+    refusals = validated.unionByName(at_encoding)
+    if run.plan.config.reward.is_asked_by_api:
+        unjudged = run.staging.read("unjudged").withColumnRenamed("judge_reason", "reason")
+        refusals = refusals.unionByName(
+            candidates.where("reason IS NULL")
+            .drop("reason", "detail")
+            .join(unjudged, on=["prompt_id", "completion_id"], how="inner")
+            .withColumn("detail", F.lit("a question about it has no verdict; see verdicts"))
+            .withColumn("stage", F.lit("judge"))
+        )
+    rows = refusals.withColumn("dataset", F.lit(run.plan.dataset)).withColumn(
+        "run_id", F.lit(run.run_id)
     )
     run.warehouse.replace(REJECTS, rows, dataset=run.plan.dataset)
     return run.warehouse.read(REJECTS).where(F.col("dataset") == run.plan.dataset)

@@ -94,6 +94,25 @@ LOGPROBS = Table(
     ("model_key",),
 )
 
+VERDICTS = Table(
+    "verdicts",
+    "judge behind an API × question; only questions with an answer, appended once, never changed",
+    ("model_key", "prefix_hash"),
+    (
+        ("model_key", "string", "Hash of endpoint, model's name and what is asked for"),
+        ("prefix_hash", "binary", "First 16 bytes of the sha256 of the question's messages"),
+        ("verdict", "string", "A or B, the place of the better answer; null: neither"),
+        ("reason", "string", "judge_refused or judge_unclear; null: there is a verdict"),
+        ("answer", "string", "What the judge wrote, cut to 200 characters; null: nothing"),
+        ("prompt_tokens", "int", "Tokens read, as the endpoint counts them; null: not told"),
+        ("answer_tokens", "int", "Tokens written, likewise"),
+        ("cost_usd", "double", "Price of both by the config's prices; null: not known"),
+        ("answered_by", "string", "What the endpoint calls the model that answered"),
+        ("run_id", "string", "Run that wrote the row"),
+    ),
+    ("model_key",),
+)
+
 REWARDS = Table(
     "rewards",
     "completion × reward × dataset",
@@ -209,7 +228,7 @@ REJECTS = Table(
             "sha256 hex of the completion_id, where given, and `row`; `-2`, `-3`, … behind it for "
             "equal rows",
         ),
-        ("stage", "string", "validate or encode"),
+        ("stage", "string", "validate, encode or judge"),
         ("reason", "string", "One of the enumerated reasons"),
         ("detail", "string", "What exactly, without the text itself"),
         ("prompt_id", "string", "The prompt's id; null when there is none"),
@@ -321,8 +340,8 @@ BENCHMARK_RESULTS = Table(
 )
 
 TABLES: tuple[Table, ...] = (
-    COMPLETIONS, ROUTES, LOGPROBS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS, BENCHMARK_PAIRS,
-    BENCHMARK_RESULTS,
+    COMPLETIONS, ROUTES, LOGPROBS, VERDICTS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS,
+    BENCHMARK_PAIRS, BENCHMARK_RESULTS,
 )  # fmt: skip
 
 

@@ -107,6 +107,8 @@ def plan_engine_sets(plan: AnnotationPlan) -> list[dict[str, EngineSpec]]:
         term.model: engines[plan.reward.models[term.model].model_key]
         for term in plan.config.reward.resolved_terms()
     }
+    if plan.config.reward.is_asked_by_api:
+        return sets
     if plan.config.run.placement == "sequential":
         return sets + [{role: engine} for role, engine in scoring.items()]
     return [*sets, scoring]

@@ -130,8 +130,8 @@ def is_copied(path: str) -> bool:
 
 
 def list_sources(spec: EngineSpec) -> list[Source]:
-    """Give the sources of an engine's files: the model, then its adapter; none for a stub."""
-    if spec.engine == "stub":
+    """Give the sources of an engine's files: the model, then its adapter; none without weights."""
+    if spec.engine in ("stub", "api"):
         return []
     sources = [Source(spec.path, spec.revision, spec.checksum, has_code=spec.custom_code)]
     if spec.adapter_path is not None:

@@ -14,7 +14,7 @@ ENCODED_DDL = (
     "prompt_id string, prompt_hash string, instruction_id string, exemplar_id string, "
     "exemplar_dropped boolean, "
     "views array<struct<model_key: string, condition: string, prefix_hash: binary, "
-    "prefix_ids: array<int>, candidates: array<struct<completion_id: string, "
+    "prefix_ids: array<int>, question: string, candidates: array<struct<completion_id: string, "
     "completion_hash: binary, ids: array<int>, boundary_merged: boolean, num_tokens: int>>>>, "
     "rejected array<struct<completion_id: string, reason: string, detail: string>>"
 )
@@ -47,6 +47,7 @@ _SCHEMA = pa.schema(
                         ("condition", pa.string()),
                         ("prefix_hash", pa.binary()),
                         ("prefix_ids", pa.list_(pa.int32())),
+                        ("question", pa.string()),
                         ("candidates", pa.list_(_CANDIDATE)),
                     ]
                 )
@@ -115,8 +116,9 @@ def _encode_row(encoder: Encoder, row: dict[str, Any]) -> dict[str, object]:
             {
                 "model_key": view.model_key,
                 "condition": view.condition,
-                "prefix_hash": ids_hash(view.prefix_ids),
+                "prefix_hash": view.prefix_hash,
                 "prefix_ids": view.prefix_ids,
+                "question": view.question,
                 "candidates": [
                     {
                         "completion_id": candidate.completion_id,

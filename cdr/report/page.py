@@ -153,7 +153,7 @@ def _short_names(data: ReportData) -> dict[str, str]:
 def _formula(data: ReportData, names: Mapping[str, str] | None = None) -> str:
     reward = data.config.reward
     if reward.is_judge:
-        return "log-odds that strong names it the better answer, mean over the others, both orders"
+        return "log-odds that judge names it the better answer, mean over the others, both orders"
 
     def quantity(name: str) -> str:
         is_classifier = reward.models[name.partition("/")[0]].engine == "classifier"

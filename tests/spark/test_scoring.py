@@ -70,6 +70,7 @@ def encoded(spark: SparkSession, prompts: dict[str, list[list[int]]]) -> DataFra
                 "conditioned",
                 name.encode(),
                 list(name.encode()),
+                None,
                 [
                     (f"{name}{i}", bytes(ids), ids, False, len(ids))
                     for i, ids in enumerate(completions)

@@ -118,9 +118,9 @@ def test_own_code_needs_a_pin_that_covers_the_code(tmp_path: Path) -> None:
             "adapter: engine 'classifier' takes none",
         ),
         ({"models": {"classifier": {"path": "m", "output": "x"}}}, "only engine 'classifier' has"),
-        ({"form": "judge"}, "needs a model 'strong'"),
+        ({"form": "judge"}, "needs a model 'judge'"),
         (
-            {"form": "judge", "models": {"strong": {"path": "m", "engine": "classifier"}}},
+            {"form": "judge", "models": {"judge": {"path": "m", "engine": "classifier"}}},
             "a classifier cannot judge",
         ),
         (
@@ -149,7 +149,8 @@ def plan_judge(folder: Path, **model: Any) -> RewardPlan:
             {
                 "name": "judge",
                 "form": "judge",
-                "models": {"strong": strong},
+                "models": {"judge": strong},
+                "encoding": {"template": "own"},
                 "prompt_pack": str(PACK),
                 "routing": {"mode": "column"},
             }

@@ -26,7 +26,6 @@ from cdr.reward_config import ApiSpec
 _FOR_NOW = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Statuses that another try may change; 529 is Anthropic's for an overloaded endpoint."""
 _BACKOFF_S = 1.0  # then 2, 4, ...
-_ANSWER_CHARS = 200
 # A letter, perhaps with a word and marks around it: `A`, `**B**`, `Answer A.`
 _LETTER = re.compile(rf"\W*(?:answer\W+)?({'|'.join(LABELS)})\W*", re.IGNORECASE)
 
@@ -39,7 +38,6 @@ class Verdict:
         verdict: `A` or `B`; None for neither.
         reason: why there is none for good; None otherwise.
         error: why there is none this time; None otherwise.
-        answer: what the judge wrote, cut; None for nothing.
         prompt_tokens: tokens read, as the endpoint counts them; None where it does not say.
         answer_tokens: tokens written, likewise.
         answered_by: what the endpoint calls the model that answered.
@@ -48,7 +46,6 @@ class Verdict:
     verdict: str | None = None
     reason: RejectReason | None = None
     error: FailReason | None = None
-    answer: str | None = None
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
     answered_by: str | None = None
@@ -181,7 +178,6 @@ def read_answer(response: dict[str, Any]) -> Verdict:
     return Verdict(
         verdict=found[1].upper() if found else None,
         reason=reason,
-        answer=text[:_ANSWER_CHARS] or None,
         prompt_tokens=usage.get("prompt_tokens"),
         answer_tokens=usage.get("completion_tokens"),
         answered_by=response.get("model"),

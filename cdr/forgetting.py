@@ -4,7 +4,7 @@ A person's prompts stand in many places, under three kinds of key:
 
     by prompt_id     completions, rewards, preferences, unpaired, rejects, benchmark_pairs
     by prompt_hash   routes: the hash of the text, which another prompt_id may share
-    by token ids     logprobs: the hashes that a reward's `terms` name, shared likewise
+    by content       logprobs and verdicts: the hashes that a reward's `terms` name, shared likewise
 
 Rows of the last two kinds go only if no other prompt's row uses them. Such rows are deleted first
 and the rows that lead to them last, so that what a killed deletion has left, the same command finds
@@ -45,6 +45,7 @@ from cdr.tables import (
     ROUTES,
     RUNS,
     TABLES,
+    VERDICTS,
     Table,
 )
 from cdr.text_table import render_table
@@ -218,11 +219,21 @@ class Forgetting:
         logprobs, logprobs_kept, logprobs_unclaimed = self._split_keys(
             "logprobs", self._terms(mine, "left_semi"), self._terms(mine, "left_anti")
         )
+        asked = list(VERDICTS.key)
+        verdicts, verdicts_kept, verdicts_unclaimed = self._split_keys(
+            "verdicts",
+            self._terms(mine, "left_semi").select(*asked),
+            self._terms(mine, "left_anti").select(*asked),
+        )
         # The rows that others are found by come last (see the module's docstring).
         ordered = [table for table in BY_ID if table not in (COMPLETIONS, REWARDS)]
-        self._keys = {LOGPROBS.name: logprobs, ROUTES.name: routes}
+        self._keys = {LOGPROBS.name: logprobs, VERDICTS.name: verdicts, ROUTES.name: routes}
         self._keys |= {table.name: mine for table in (*ordered, COMPLETIONS, REWARDS)}
-        kept = {LOGPROBS.name: logprobs_kept, ROUTES.name: routes_kept}
+        kept = {
+            LOGPROBS.name: logprobs_kept,
+            VERDICTS.name: verdicts_kept,
+            ROUTES.name: routes_kept,
+        }
         tables = [
             TableReceipt(
                 table=table.name,
@@ -243,7 +254,7 @@ class Forgetting:
             num_found=mine.select("prompt_id").distinct().count(),
             dataset=self._request.dataset,
             tables=tables,
-            unclaimed=logprobs_unclaimed + routes_unclaimed,
+            unclaimed=logprobs_unclaimed + verdicts_unclaimed + routes_unclaimed,
             unclaimed_deleted=self._request.unclaimed,
             mlflow_run_ids=self._mlflow_runs(mine),
             staging_folders=self._other_staging(),
@@ -338,7 +349,7 @@ class Forgetting:
         Returns:
             The keys; how many rows are shared and stay; how many no row claims.
         """
-        table = {"routes": ROUTES, "logprobs": LOGPROBS}[name]
+        table = {"routes": ROUTES, "logprobs": LOGPROBS, "verdicts": VERDICTS}[name]
         own, others = self._stage(f"{name}.own", own), self._stage(f"{name}.others", others)
         columns = own.columns
         keys = own.join(others, on=columns, how="left_anti")

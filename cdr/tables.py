@@ -103,7 +103,6 @@ VERDICTS = Table(
         ("prefix_hash", "binary", "First 16 bytes of the sha256 of the question's messages"),
         ("verdict", "string", "A or B, the place of the better answer; null: neither"),
         ("reason", "string", "judge_refused or judge_unclear; null: there is a verdict"),
-        ("answer", "string", "What the judge wrote, cut to 200 characters; null: nothing"),
         ("prompt_tokens", "int", "Tokens read, as the endpoint counts them; null: not told"),
         ("answer_tokens", "int", "Tokens written, likewise"),
         ("cost_usd", "double", "Price of both by the config's prices; null: not known"),

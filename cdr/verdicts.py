@@ -24,7 +24,7 @@ from cdr.tables import VERDICTS
 from cdr.waves import WaveResult, answer_wave, bucket_column, cut_buckets
 
 ASKED_DDL = (
-    "model_key string, prefix_hash binary, verdict string, reason string, answer string, "
+    "model_key string, prefix_hash binary, verdict string, reason string, "
     "prompt_tokens int, answer_tokens int, cost_usd double, answered_by string, error string"
 )
 """Schema of what an asking function yields, one row per question; `error` null when answered."""

@@ -47,6 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="about 200 pairs, equal shares of the sections")
+    add("--rows", nargs="+", metavar="ROW", help="only these rows of the config")
     audit = "evaluate each reward with a router also with the true domains, and compare"
     add("--audit-router", action="store_true", help=audit)
     compare = "compare two rewards by the pairs stored by earlier runs; score nothing"
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
     config = load_evaluate_config(args.config, overrides(args))
+    config = config.keep_rows(args.rows) if args.rows else config
     sample = make_sample(config, limit=args.limit, quick=args.quick)
     plans = [] if args.compare else plan_evaluation(
         config, sample=sample, with_oracle=args.audit_router

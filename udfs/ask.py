@@ -45,7 +45,6 @@ def make_ask(
                                 "prefix_hash": row["prefix_hash"],
                                 "verdict": found.verdict,
                                 "reason": found.reason,
-                                "answer": found.answer,
                                 "prompt_tokens": found.prompt_tokens,
                                 "answer_tokens": found.answer_tokens,
                                 "cost_usd": found.cost_usd(api),

@@ -22,10 +22,20 @@ from cdr.evaluation_plan import plan_evaluation
 from cdr.judge import judge_messages
 from cdr.plan import plan_annotation
 from cdr.questions import sum_logprobs
-from cdr.tables import BENCHMARK_PAIRS, LOGPROBS, PREFERENCES, REJECTS, REWARDS, RUNS, Table
+from cdr.tables import (
+    BENCHMARK_PAIRS,
+    LOGPROBS,
+    PREFERENCES,
+    REJECTS,
+    REWARDS,
+    RUNS,
+    VERDICTS,
+    Table,
+)
 from cdr.warehouse import Warehouse
-from jobs.annotate import annotate
+from jobs.annotate import annotate, dry_run
 from jobs.evaluate import evaluate
+from tests.chat_endpoint import Reply, say, serve
 from tests.tokenizers import make_smollm2
 
 PAIRS = [
@@ -87,7 +97,7 @@ def test_a_classifier_gives_rewards_that_are_its_own_scores_and_asks_once(
         "tracking": {"enabled": False},
     }
     config = {**whole, "input": write(tmp_path / "pairs.jsonl", PAIRS)}
-    warehouse = Warehouse(spark, config["warehouse"])
+    warehouse = Warehouse(spark, str(tmp_path / "warehouse"))
     assert evaluate(plan_evaluation(EvaluateConfig.model_validate(config)), warehouse) == 0
     assert "6 of 6 pairs judged" in capsys.readouterr().out
 
@@ -201,3 +211,82 @@ def test_a_judge_compares_all_candidates_in_both_orders_and_asks_once(
     assert annotate(plan, warehouse) == 0
     assert last_counts(warehouse)["logprobs_scored"] == 0
     assert collect(warehouse, LOGPROBS) == stored
+
+
+def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejected(
+    spark: SparkSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    is_down = True
+
+    def answer(question: str, _: int) -> Reply:
+        if "fox 3" in question:
+            return say(None, refusal="I can't help with that.")
+        if "fox 4" in question:
+            return say("A")  # whatever is shown there
+        if "fox 5" in question and is_down:
+            return 503, {}
+        first = question.partition("[Answer A]")[2].partition("[End")[0]
+        return say("A" if "council" in first else "B")
+
+    candidates = [
+        {"prompt": pair["prompt"], "completion": pair[side]}
+        for pair in PAIRS
+        for side in ("rejected", "chosen")
+    ]
+    with serve(answer) as endpoint:
+        api = {
+            "base_url": endpoint.base_url, "api_key_variable": "JUDGE_KEY", "retries": 0,
+            "wave_questions": 5, "prompt_price": 10, "answer_price": 30,
+        }  # fmt: skip
+        config = AnnotateConfig.model_validate(
+            {
+                "dataset": "d",
+                "warehouse": str(tmp_path / "warehouse"),
+                "input": write(tmp_path / "in.jsonl", candidates),
+                "reward": {
+                    "name": "gpt",
+                    "form": "judge",
+                    "models": {"judge": {"path": "gpt-4-turbo", "engine": "api", "api": api}},
+                    **NO_ROUTING,
+                },
+                "run": {"max_rejected_fraction": 1, "max_failed_fraction": 1},
+                "tracking": {"enabled": False},
+            }
+        )
+        plan, warehouse = plan_annotation(config), Warehouse(spark, config.warehouse)
+        assert dry_run(plan, warehouse) == 0
+        assert "12 asked, 0 in the store" in capsys.readouterr().out
+        assert not endpoint.asked
+        assert annotate(plan, warehouse) == 0
+        # Ten answers of ten tokens read and two written.
+        assert "10 questions answered, 100 tokens read, 20 written, 0.0016 USD" in (
+            capsys.readouterr().out
+        )
+        assert len(endpoint.asked) == 12
+        first = {row["prompt"][0]["content"]: row for row in collect(warehouse, REWARDS)}
+        failed = [row["error"] for row in collect(warehouse, REWARDS) if row["status"] == "failed"]
+        assert failed == ["judge_unavailable"] * 2
+        is_down = False
+        assert annotate(plan, warehouse) == 0
+        assert len(endpoint.asked) == 14
+    assert len(first) == 5
+    verdicts = collect(warehouse, VERDICTS)
+    assert len(verdicts) == 12
+    assert {row["answered_by"] for row in verdicts} == {"stub-2026"}
+    assert all("secret" not in str(row.values()) for row in verdicts)
+    assert collect(warehouse, LOGPROBS) == []
+    rewards = collect(warehouse, REWARDS)
+    for row in rewards:
+        wins = 1.0 if "council" in row["completion"] else -1.0
+        # A judge that likes a place, not an answer, gives a tie.
+        assert row["reward"] == (0.0 if "Question 4" in row["prompt"][0]["content"] else wins)
+        assert row["status"] == "ok"
+    reasons = {(row["stage"], row["reason"]) for row in collect(warehouse, REJECTS)}
+    assert reasons == {("judge", "judge_refused")}
+    assert len(rewards) == 12 - len(collect(warehouse, REJECTS)) == 10
+    chosen = {row["chosen"][0]["content"] for row in collect(warehouse, PREFERENCES)}
+    assert chosen == {pair["chosen"] for n, pair in enumerate(PAIRS) if n not in (3, 4)}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cdr.chat import FROZEN_DATE, ChatEncoder
+from cdr.chat import FROZEN_DATE, ChatEncoder, Message
 from cdr.encoding import Candidate
 from cdr.errors import ConfigError
 from cdr.judge_encoding import JudgeEncoder, make_encoder
@@ -49,7 +49,7 @@ def make_reward(folder: Path, model: dict[str, Any] | None = None, **changes: An
 
 
 def test_a_classifier_reads_the_whole_turn_as_its_template_writes_it() -> None:
-    prompt = [{"role": "user", "content": "May I keep a fox?"}]
+    prompt: list[Message] = [{"role": "user", "content": "May I keep a fox?"}]
     for tokenizer in (make_smollm2(), make_llama3(), make_mistral_v3()):
         encoder = ChatEncoder(tokenizer, "own", close_turns=True)
         for finish_reason in ("stop", "length"):  # a classifier knows no answer without an end
@@ -162,8 +162,8 @@ def encode(plan: RewardPlan, *texts: str, domain: str | None = "safety") -> Any:
     encoder = make_encoder(plan.encoding)
     assert isinstance(encoder, JudgeEncoder)
     candidates = [Candidate(f"c{i}", text, "stop") for i, text in enumerate(texts)]
-    prompt = [{"role": "user", "content": "May I keep a fox?"}]
-    return encoder.encode(prompt, "0" * 64, domain, candidates)  # type: ignore[arg-type]
+    prompt: list[Message] = [{"role": "user", "content": "May I keep a fox?"}]
+    return encoder.encode(prompt, "0" * 64, domain, candidates)
 
 
 def test_a_judge_is_shown_every_two_answers_in_both_orders_with_the_domains_criteria(

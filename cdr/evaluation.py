@@ -64,13 +64,16 @@ class EvaluationRun(ScoringRun):
     """
 
     def __init__(self, plan: EvaluationPlan, warehouse: Warehouse) -> None:
+        tags = {"cdr.row": plan.name}
+        if plan.annotation.reward_version is not None:
+            tags["cdr.reward_version"] = plan.annotation.reward_version
         super().__init__(
             plan.annotation,
             warehouse,
             job="evaluate",
             reads="labelled_pairs",
             config=plan.recorded(),
-            tags={"cdr.row": plan.name},
+            tags=tags,
         )
         self._evaluation = plan
 

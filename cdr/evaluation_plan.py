@@ -96,7 +96,11 @@ def dataset_name(config: EvaluateConfig, sample: Sample | None) -> str:
 
 
 def plan_evaluation(
-    config: EvaluateConfig, *, sample: Sample | None = None, with_oracle: bool = False
+    config: EvaluateConfig,
+    *,
+    sample: Sample | None = None,
+    with_oracle: bool = False,
+    reward_version: str | None = None,
 ) -> list[EvaluationPlan]:
     """Resolve and check all that a config names, row by row; loads no weights.
 
@@ -105,12 +109,17 @@ def plan_evaluation(
         sample: which pairs; None for all.
         with_oracle: behind each row with a router, add it with the true domains in its place, if
             no row is that already.
+        reward_version: `NAME/3` where the config's reward is a registered one. Rows that change it
+            are no version.
 
     Raises:
         ConfigError: a model, template, pack or domain is missing or does not fit.
     """
     configs = {name: _annotate_config(config, name, sample) for name in config.row_names()}
     plans = [_plan(config, name, annotate, sample) for name, annotate in configs.items()]
+    if not config.rows:
+        (plan,) = plans
+        plans = [replace(plan, annotation=replace(plan.annotation, reward_version=reward_version))]
     if not with_oracle:
         return plans
     known = {plan.annotation.reward.key for plan in plans}

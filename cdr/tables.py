@@ -132,7 +132,11 @@ REWARDS = Table(
         ("instruction_id", "string", "Instruction drawn from the pack; null: prompt untouched"),
         ("exemplar_id", "string", "Exemplar drawn from the pack; null: none"),
         ("exemplar_dropped", "boolean", "The exemplar was left out because the prompt was long"),
-        ("reward", "double", "Weighted sum of the terms, nats; null unless status is ok"),
+        (
+            "reward",
+            "double",
+            "Weighted sum of the terms, nats; a judge's: see `cdr.judge`; null unless status is ok",
+        ),
         ("strong_logprob", "double", "First positive term's log-prob sum, nats; null: a judge"),
         ("weak_logprob", "double", "First negative term's log-prob sum, nats; null: none"),
         ("num_tokens", "int", "Completion tokens of the first term's model, or of the judge"),

@@ -255,6 +255,8 @@ class ReportData:
     @property
     def unit(self) -> str:
         """Unit of rewards and margins."""
+        if self.config.reward.is_asked_by_api:
+            return "of −1 to 1"
         return "nats per token" if self.config.reward.reduction == "mean" else "nats"
 
     @property

@@ -152,6 +152,8 @@ def _short_names(data: ReportData) -> dict[str, str]:
 
 def _formula(data: ReportData, names: Mapping[str, str] | None = None) -> str:
     reward = data.config.reward
+    if reward.is_asked_by_api:
+        return "share of verdicts won less share lost, against the others, both orders"
     if reward.is_judge:
         return "log-odds that judge names it the better answer, mean over the others, both orders"
 

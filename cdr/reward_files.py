@@ -247,6 +247,10 @@ def _model_parts(model: ResolvedModel) -> dict[str, str]:
     }
     if spec.quantization is not None:
         parts["quantization"] = spec.quantization
+    if spec.output is not None:
+        parts["output"] = spec.output
+    if spec.custom_code:
+        parts["custom_code"] = "allowed"
     if spec.extra:
         parts["extra"] = _as_text(spec.extra)
     return parts

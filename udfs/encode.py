@@ -21,6 +21,7 @@ ENCODED_DDL = (
 """Schema of what `make_encode` yields."""
 
 _CHUNK_ROWS = 64
+_CHUNK_VIEWS = 1024
 
 _CANDIDATE = pa.struct(
     [
@@ -91,15 +92,22 @@ def make_encode(
             # A batch of Spark's may hold thousands of prompts; as Python objects they would take
             # many times the memory.
             for start in range(0, batch.num_rows, _CHUNK_ROWS):
-                rows = [
-                    _encode_row(encoder, row) for row in batch.slice(start, _CHUNK_ROWS).to_pylist()
-                ]
-                yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+                rows: list[dict[str, Any]] = []
+                views = 0
+                for row in batch.slice(start, _CHUNK_ROWS).to_pylist():
+                    rows.append(_encode_row(encoder, row))
+                    # A judge's prompt has a view for every two candidates.
+                    views += len(rows[-1]["views"])
+                    if views >= _CHUNK_VIEWS:
+                        yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+                        rows, views = [], 0
+                if rows:
+                    yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
 
     return encode
 
 
-def _encode_row(encoder: Encoder, row: dict[str, Any]) -> dict[str, object]:
+def _encode_row(encoder: Encoder, row: dict[str, Any]) -> dict[str, Any]:
     encoded = encoder.encode(
         row["prompt"],
         row["prompt_hash"],

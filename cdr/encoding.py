@@ -146,6 +146,19 @@ def ids_hash(ids: Sequence[int]) -> bytes:
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).digest()[:16]
 
 
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids that a model's embedding has no row for (a tokenizer with added tokens).
+
+    Raises:
+        RowRejected: outside_vocabulary, with the largest.
+    """
+    if (largest := max(ids)) >= vocab_size:
+        raise RowRejected(
+            RejectReason.OUTSIDE_VOCABULARY,
+            f"the tokenizer gives the id {largest}, the model has ids below {vocab_size}",
+        )
+
+
 class PromptEncoder:
     """Encodes prompts by a plan; loads each tokenizer once."""
 
@@ -241,16 +254,8 @@ class PromptEncoder:
 
     def _encode_prefix(self, model_key: str, messages: Sequence[Message]) -> tuple[int, ...]:
         ids = self._encoders[model_key].encode_prefix(messages)
-        self._check_vocabulary(model_key, ids)
+        check_ids(ids, self._tokenizers[model_key].vocab_size)
         return ids
-
-    def _check_vocabulary(self, model_key: str, ids: Sequence[int]) -> None:
-        """Refuse ids that the model's embedding has no row for (a tokenizer with added tokens)."""
-        if (largest := max(ids)) >= (size := self._tokenizers[model_key].vocab_size):
-            raise RowRejected(
-                RejectReason.OUTSIDE_VOCABULARY,
-                f"the tokenizer gives the id {largest}, the model has ids below {size}",
-            )
 
     def _encode_candidate(
         self, candidate: Candidate, longest: dict[str, int]
@@ -260,7 +265,7 @@ class PromptEncoder:
             encoded = self._encoders[model_key].encode_completion(
                 candidate.completion, candidate.finish_reason
             )
-            self._check_vocabulary(model_key, encoded.ids)
+            check_ids(encoded.ids, spec.vocab_size)
             total = longest[model_key] + len(encoded.ids)
             if total > spec.max_length:
                 raise RowRejected(

@@ -20,6 +20,7 @@ from cdr.encoding import (
     EncodedView,
     EncodingPlan,
     PromptEncoder,
+    check_ids,
 )
 from cdr.errors import RejectReason, RowRejected
 from cdr.judge import LABELS, judge_messages
@@ -85,6 +86,7 @@ class Questions(Protocol):
 class _TokenQuestions:
     def __init__(self, plan: EncodingPlan) -> None:
         (tokenizer,) = plan.tokenizers
+        self._vocab_size = tokenizer.vocab_size
         self._encoder = ChatEncoder.load(
             tokenizer.path,
             tokenizer.revision,
@@ -98,12 +100,14 @@ class _TokenQuestions:
         self.longest = tokenizer.max_length - max(len(a), len(b))
 
     def count_tokens(self, candidate: Candidate) -> int:
-        return len(
-            self._encoder.encode_completion(candidate.completion, candidate.finish_reason).ids
-        )
+        encoded = self._encoder.encode_completion(candidate.completion, candidate.finish_reason)
+        check_ids(encoded.ids, self._vocab_size)
+        return len(encoded.ids)
 
     def ask(self, messages: Sequence[Message]) -> tuple[tuple[int, ...], str | None]:
-        return self._encoder.encode_prefix(messages), None
+        ids = self._encoder.encode_prefix(messages)
+        check_ids(ids, self._vocab_size)
+        return ids, None
 
 
 class _TextQuestions:

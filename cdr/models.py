@@ -250,17 +250,16 @@ def check_classifier(spec: ModelSpec, config_file: Path, where: str) -> None:
             fix=f"read the code of {spec.path}; if you trust it, set custom_code to true and pin "
             "the model",
         )
-    if spec.custom_code:
-        if own_code is None:
-            raise ConfigError([f"{where}.custom_code: the model brings no code for a classifier"])
-        if "--" in own_code:
-            raise ConfigError(
-                [f"{where}.custom_code: the code lies in another repository ({own_code})"],
-                fix="only code that is pinned with the weights is run: copy both into one folder",
-            )
-        return
+    if spec.custom_code and own_code is None:
+        raise ConfigError([f"{where}.custom_code: the model brings no code for a classifier"])
+    if spec.custom_code and "--" in own_code:
+        raise ConfigError(
+            [f"{where}.custom_code: the code lies in another repository ({own_code})"],
+            fix="only code that is pinned with the weights is run: copy both into one folder",
+        )
     architectures = config.get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if not is_classifier and not spec.custom_code:
         raise ConfigError(
             [f"{where}.path: must be a sequence classifier, is {', '.join(architectures) or '?'}"],
             fix="a reward model's config.json names ...ForSequenceClassification",
@@ -271,9 +270,11 @@ def check_classifier(spec: ModelSpec, config_file: Path, where: str) -> None:
         shown = ", ".join(labels[:_SHOWN_LABELS]) + (", ..." if len(labels) > _SHOWN_LABELS else "")
         raise ConfigError(
             [f"{where}.output: is required for a classifier of {len(labels)} outputs ({shown})"],
-            fix="name the output that is the reward",
+            fix="name the output that is the reward"
+            + (", a field of what the model's code returns" if spec.custom_code else ""),
         )
-    if spec.output is not None and spec.output not in labels:
+    # Of custom code it is a field, which no file lists.
+    if spec.output is not None and spec.output not in labels and not spec.custom_code:
         raise ConfigError(
             [f"{where}.output: must be one of {', '.join(labels)}, got '{spec.output}'"]
         )

@@ -15,6 +15,7 @@ Out of scope: adapters, quantised weights, encoders (a pair of texts in place of
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 from itertools import chain
 
@@ -38,6 +39,8 @@ from cdr.engines.hardware import count_cores
 from cdr.engines.prefix_tree import build_prefix_tree
 from cdr.engines.tree_reader import TreeReader
 from cdr.errors import ModelError
+
+_log = logging.getLogger(__name__)
 
 # |Δ| between a score along the tree and the model's own, relative to 1 + |score|.
 _CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -67,7 +70,9 @@ class ClassifierEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_model(AutoModelForSequenceClassification, spec, self._device)
         self._reader: TreeReader | None = None
-        if not spec.custom_code:
+        if spec.custom_code:
+            self._probe_own_code()
+        else:
             self._output = self._find_output()
             self._head_dtype: torch.dtype = getattr(torch, spec.head_dtype)
             self._reader = TreeReader(Decoder(self._model, spec, self._device), spec, self._device)
@@ -140,6 +145,16 @@ class ClassifierEngine:
         while end > 1 and ids[end - 1] == pad:
             end -= 1
         return ids[:end]
+
+    @torch.inference_mode()
+    def _probe_own_code(self) -> None:
+        """See at load that the output is there, and not with every row."""
+        try:
+            self._ask_own_code((1, 2, 3, 4))
+        except ModelError:
+            raise
+        except Exception as error:  # the code may want a whole conversation, as ArmoRM's does
+            _log.info("the model's own code cannot be probed: %s", type(error).__name__)
 
     def _ask_own_code(self, ids: tuple[int, ...]) -> float:
         check_token_ids(

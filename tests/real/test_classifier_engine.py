@@ -113,4 +113,4 @@ def test_a_models_own_code_runs_only_where_it_is_allowed(
     scores = [float(found[0]) for group in engine.score(GROUPS) for found in group]
     assert scores == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ModelError, match="'logits' must be one number per sequence, is \\(1, 3\\)"):
-        load(path, custom_code=True).score(GROUPS)
+        load(path, custom_code=True)

@@ -93,6 +93,8 @@ def test_own_code_needs_a_pin_that_covers_the_code(tmp_path: Path) -> None:
     checksum = hash_files(folder, WEIGHT_FILES + CODE_FILES)
     allowed = {"custom_code": True, "output": "score", "checksum": checksum}
     plan = plan_reward(make_reward(folder, allowed))
+    with pytest.raises(ConfigError, match="output: is required for a classifier of 2 outputs"):
+        plan_reward(make_reward(folder, {**allowed, "output": None}))
     (engine,) = plan.engines
     assert (engine.custom_code, engine.output, engine.checksum) == (True, "score", checksum)
     assert "runs the Python code that comes with" in plan.spec.warnings()[0]

@@ -44,12 +44,12 @@ def make_ask(
                                 "model_key": row["model_key"],
                                 "prefix_hash": row["prefix_hash"],
                                 "verdict": found.verdict,
-                                "reason": found.reason,
+                                "reason": found.reason and found.reason.value,
                                 "prompt_tokens": found.prompt_tokens,
                                 "answer_tokens": found.answer_tokens,
                                 "cost_usd": found.cost_usd(api),
                                 "answered_by": found.answered_by,
-                                "error": found.error,
+                                "error": found.error and found.error.value,
                             }
                         )
                     yield pd.DataFrame(rows).convert_dtypes()

@@ -17,7 +17,7 @@ from cdr.report.gather import RunRows
 from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
 from cdr.summary import Summary, summarize
-from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED
+from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED, VERDICTS
 from cdr.warehouse import Warehouse
 
 
@@ -72,8 +72,9 @@ class AnnotationRun(ScoringRun):
         )
         self._conclude(shares, summary.counts())
         self._tracker.log_summary(summary.metrics())
-        self._log_outputs((ROUTES, LOGPROBS, REWARDS, REJECTS, PREFERENCES, UNPAIRED))
+        self._log_outputs((ROUTES, LOGPROBS, VERDICTS, REWARDS, REJECTS, PREFERENCES, UNPAIRED))
         print(f"\n{summary.render()}\n")
+        self._say_cost()
         self._warn_of_mixed_versions()
         print(self._next_steps(self._report(rewards, rejects, pairs, summary)))
 

@@ -82,6 +82,8 @@ class ChatEncoder:
         special_tokens_in_text: `reject` a row whose content holds the string of a control token
             or of the template's turn marker, or encode it `as_text`, without a special id.
         score_end_of_turn: append the end-of-turn token to completions that ended by themselves.
+        close_turns: append all that the template puts behind an answer, to every completion: what
+            a classifier reads.
 
     Attributes:
         chat_template_text: the Jinja text in use.
@@ -105,6 +107,7 @@ class ChatEncoder:
         *,
         special_tokens_in_text: Literal["reject", "as_text"] = "reject",
         score_end_of_turn: bool = True,
+        close_turns: bool = False,
     ) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
@@ -126,7 +129,10 @@ class ChatEncoder:
         self.is_own_template = self.chat_template_text == own_template(tokenizer)
         self._read_template()
         self._scored_end: tuple[int, ...] = ()
-        if score_end_of_turn:
+        self._closes_turns = close_turns
+        if close_turns:
+            self._scored_end = self._closing_ids
+        elif score_end_of_turn:
             if self.end_of_turn_id is None:
                 raise ConfigError(
                     ["score_end_of_turn: neither template nor tokenizer has an end-of-turn token"],
@@ -211,7 +217,7 @@ class ChatEncoder:
         ids = self._encode_apart(text, joint) if merged else joint[len(self._tail_ids) :]
         if not completion or not ids:
             raise RowRejected(RejectReason.EMPTY_COMPLETION, "the completion has no token")
-        if finish_reason != "length":
+        if finish_reason != "length" or self._closes_turns:
             ids.extend(self._scored_end)
         return EncodedCompletion(tuple(ids), merged)
 
@@ -253,6 +259,11 @@ class ChatEncoder:
         self.end_of_turn_id: int | None = (
             self.control_tokens[ends[0][0]] if ends else self._tokenizer.eos_token_id
         )
+        # Encoded apart, it is what it is behind an answer where it begins with a control token.
+        closing = self._controls.encode(ending) if ends and not ends[0].start() else []
+        if not closing and self.end_of_turn_id is not None:
+            closing = [self.end_of_turn_id]
+        self._closing_ids = tuple(closing)
         self.template_ids = frozenset(
             id_ for text in literals for id_ in self._controls.encode(text)
         )

@@ -35,6 +35,7 @@ class TokenizerSpec:
         template: Jinja text.
         max_length: tokens of prefix and completion together.
         vocab_size: ids at or above it do not exist in the model.
+        close_turns: see `cdr.chat.ChatEncoder`; for classifiers.
     """
 
     model_key: str
@@ -43,6 +44,7 @@ class TokenizerSpec:
     template: str
     max_length: int
     vocab_size: int
+    close_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,45 @@ class Candidate:
 
 @dataclass(frozen=True)
 class EncodedCandidate:
-    """A candidate's token ids for one model; `boundary_merged` as in `cdr.chat`."""
+    """What one model is asked about a candidate.
+
+    Args:
+        completion_id: the candidate's.
+        ids: its token ids; under a judge's view those of its letter.
+        boundary_merged: as in `cdr.chat`.
+        num_tokens: tokens of the candidate itself.
+    """
 
     completion_id: str
     ids: tuple[int, ...]
     boundary_merged: bool
+    num_tokens: int
 
 
 @dataclass(frozen=True)
 class EncodedView:
-    """What one model reads under one condition, and the candidates after it."""
+    """What one model reads under one condition, and the candidates after it.
+
+    Args:
+        model_key: the model's.
+        condition: how it reads the prompt.
+        prefix_ids: what it reads; none where it is asked in text.
+        candidates: what follows.
+        question: messages as JSON, for a judge that is asked in text; None otherwise.
+    """
 
     model_key: str
     condition: Condition
     prefix_ids: tuple[int, ...]
     candidates: tuple[EncodedCandidate, ...]
+    question: str | None = None
+
+    @property
+    def prefix_hash(self) -> bytes:
+        """Hash of what is read; 16 bytes."""
+        if self.question is None:
+            return ids_hash(self.prefix_ids)
+        return hashlib.sha256(self.question.encode()).digest()[:16]
 
 
 @dataclass(frozen=True)
@@ -120,6 +146,19 @@ def ids_hash(ids: Sequence[int]) -> bytes:
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).digest()[:16]
 
 
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids that a model's embedding has no row for (a tokenizer with added tokens).
+
+    Raises:
+        RowRejected: outside_vocabulary, with the largest.
+    """
+    if (largest := max(ids)) >= vocab_size:
+        raise RowRejected(
+            RejectReason.OUTSIDE_VOCABULARY,
+            f"the tokenizer gives the id {largest}, the model has ids below {vocab_size}",
+        )
+
+
 class PromptEncoder:
     """Encodes prompts by a plan; loads each tokenizer once."""
 
@@ -133,6 +172,7 @@ class PromptEncoder:
                 template=spec.template,
                 special_tokens_in_text=plan.special_tokens_in_text,
                 score_end_of_turn=plan.score_end_of_turn,
+                close_turns=spec.close_turns,
             )
             for spec in plan.tokenizers
         }
@@ -214,16 +254,8 @@ class PromptEncoder:
 
     def _encode_prefix(self, model_key: str, messages: Sequence[Message]) -> tuple[int, ...]:
         ids = self._encoders[model_key].encode_prefix(messages)
-        self._check_vocabulary(model_key, ids)
+        check_ids(ids, self._tokenizers[model_key].vocab_size)
         return ids
-
-    def _check_vocabulary(self, model_key: str, ids: Sequence[int]) -> None:
-        """Refuse ids that the model's embedding has no row for (a tokenizer with added tokens)."""
-        if (largest := max(ids)) >= (size := self._tokenizers[model_key].vocab_size):
-            raise RowRejected(
-                RejectReason.OUTSIDE_VOCABULARY,
-                f"the tokenizer gives the id {largest}, the model has ids below {size}",
-            )
 
     def _encode_candidate(
         self, candidate: Candidate, longest: dict[str, int]
@@ -233,7 +265,7 @@ class PromptEncoder:
             encoded = self._encoders[model_key].encode_completion(
                 candidate.completion, candidate.finish_reason
             )
-            self._check_vocabulary(model_key, encoded.ids)
+            check_ids(encoded.ids, spec.vocab_size)
             total = longest[model_key] + len(encoded.ids)
             if total > spec.max_length:
                 raise RowRejected(
@@ -242,6 +274,6 @@ class PromptEncoder:
                     f"the model takes {spec.max_length}",
                 )
             by_model[model_key] = EncodedCandidate(
-                candidate.completion_id, encoded.ids, encoded.boundary_merged
+                candidate.completion_id, encoded.ids, encoded.boundary_merged, len(encoded.ids)
             )
         return by_model

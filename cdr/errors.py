@@ -109,6 +109,9 @@ class RejectReason(StrEnum):
     TEMPLATE_REFUSED = "template_refused"
     BOUNDARY_UNSTABLE = "boundary_unstable"
     OUTSIDE_VOCABULARY = "outside_vocabulary"
+    NO_OTHER_CANDIDATE = "no_other_candidate"
+    JUDGE_REFUSED = "judge_refused"
+    JUDGE_UNCLEAR = "judge_unclear"
 
 
 class RowRejected(Exception):  # noqa: N818 - a verdict on a row, not an error of the program
@@ -131,6 +134,8 @@ class FailReason(StrEnum):
     ENGINE_DIED_TWICE = "engine_died_twice"
     ENGINE_ERROR = "engine_error"
     NOT_SCORED = "not_scored"
+    JUDGE_TIMEOUT = "judge_timeout"
+    JUDGE_UNAVAILABLE = "judge_unavailable"
 
 
 class NoPairReason(StrEnum):

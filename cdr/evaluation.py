@@ -28,7 +28,15 @@ from cdr.job_run import Share
 from cdr.reward_config import RewardSpec
 from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
-from cdr.tables import BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REJECTS, REWARDS, ROUTES
+from cdr.tables import (
+    BENCHMARK_PAIRS,
+    BENCHMARK_RESULTS,
+    LOGPROBS,
+    REJECTS,
+    REWARDS,
+    ROUTES,
+    VERDICTS,
+)
 from cdr.warehouse import Warehouse
 
 
@@ -56,13 +64,16 @@ class EvaluationRun(ScoringRun):
     """
 
     def __init__(self, plan: EvaluationPlan, warehouse: Warehouse) -> None:
+        tags = {"cdr.row": plan.name}
+        if plan.annotation.reward_version is not None:
+            tags["cdr.reward_version"] = plan.annotation.reward_version
         super().__init__(
             plan.annotation,
             warehouse,
             job="evaluate",
             reads="labelled_pairs",
             config=plan.recorded(),
-            tags={"cdr.row": plan.name},
+            tags=tags,
         )
         self._evaluation = plan
 
@@ -106,16 +117,20 @@ class EvaluationRun(ScoringRun):
             with tempfile.TemporaryDirectory() as folder:
                 for file in draw_report(report, title, Path(folder)):
                     self._tracker.log_file(file)
-        self._log_outputs((ROUTES, LOGPROBS, REWARDS, REJECTS, BENCHMARK_PAIRS, BENCHMARK_RESULTS))
+        self._log_outputs(
+            (ROUTES, LOGPROBS, VERDICTS, REWARDS, REJECTS, BENCHMARK_PAIRS, BENCHMARK_RESULTS)
+        )
         reused = work.asked - now - failed
+        asked = "questions" if plan.annotation.reward.spec.is_asked_by_api else "log-probs"
         print(
             f"\n{title}: {report.judged:,} of {report.pairs:,} pairs judged\n"
-            f"log-probs: {work.asked:,} asked, {reused:,} were in the store, "
+            f"{asked}: {work.asked:,} asked, {reused:,} were in the store, "
             f"{now:,} scored in {spent_s['scoring_s']:.0f} s, {failed:,} failed\n\n"
             f"{report.render()}\n"
         )
         for warning in report.warnings():
             print(f"warning: {warning}")
+        self._say_cost()
         self._warn_of_mixed_versions()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")
@@ -125,7 +140,7 @@ class EvaluationRun(ScoringRun):
         plan = self._plan
         stamps = {
             "dataset": plan.dataset,
-            "reward_key": plan.reward_key,
+            "reward_key": plan.reward.key,
             "reward_name": plan.config.reward.name,
             "run_id": self.context.run_id,
         }
@@ -135,7 +150,7 @@ class EvaluationRun(ScoringRun):
             [tuple(row[name] for name in names) for row in rows], BENCHMARK_RESULTS.schema()
         )
         self._warehouse.replace(
-            BENCHMARK_RESULTS, frame, dataset=plan.dataset, reward_key=plan.reward_key
+            BENCHMARK_RESULTS, frame, dataset=plan.dataset, reward_key=plan.reward.key
         )
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from cdr.config import RunSpec, SourceSpec, TrackingSpec
 from cdr.config_files import MayBeFile, Spec, load_config
+from cdr.errors import ConfigError
 from cdr.reward_config import Domain, RewardSpec, is_hub_id
 from cdr.rewardbench import CHAT, CHAT_HARD, PRIOR_SETS, REASONING, SAFETY, SECTIONS
 
@@ -170,6 +171,20 @@ class EvaluateConfig(Spec):
     def row_names(self) -> list[str]:
         """Name the rows; the reward itself is one where none is given."""
         return list(self.rows) or [self.reward.name]
+
+    def keep_rows(self, names: Sequence[str]) -> Self:
+        """Give the config with some of its rows alone, in the config's order.
+
+        Raises:
+            ConfigError: it has no such row.
+        """
+        problems = [f"--rows: no row '{name}'" for name in names if name not in self.rows]
+        if problems:
+            raise ConfigError(
+                problems, fix=f"rows of this config: {', '.join(self.rows) or 'none'}"
+            )
+        kept = {name: row for name, row in self.rows.items() if name in names}
+        return self.model_copy(update={"rows": kept})
 
     def reward_of(self, name: str) -> RewardSpec:
         """Give a row's reward, which has the row's name.

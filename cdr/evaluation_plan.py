@@ -96,7 +96,11 @@ def dataset_name(config: EvaluateConfig, sample: Sample | None) -> str:
 
 
 def plan_evaluation(
-    config: EvaluateConfig, *, sample: Sample | None = None, with_oracle: bool = False
+    config: EvaluateConfig,
+    *,
+    sample: Sample | None = None,
+    with_oracle: bool = False,
+    reward_version: str | None = None,
 ) -> list[EvaluationPlan]:
     """Resolve and check all that a config names, row by row; loads no weights.
 
@@ -105,22 +109,27 @@ def plan_evaluation(
         sample: which pairs; None for all.
         with_oracle: behind each row with a router, add it with the true domains in its place, if
             no row is that already.
+        reward_version: `NAME/3` where the config's reward is a registered one. Rows that change it
+            are no version.
 
     Raises:
         ConfigError: a model, template, pack or domain is missing or does not fit.
     """
     configs = {name: _annotate_config(config, name, sample) for name in config.row_names()}
     plans = [_plan(config, name, annotate, sample) for name, annotate in configs.items()]
+    if not config.rows:
+        (plan,) = plans
+        plans = [replace(plan, annotation=replace(plan.annotation, reward_version=reward_version))]
     if not with_oracle:
         return plans
-    known = {plan.annotation.reward_key for plan in plans}
+    known = {plan.annotation.reward.key for plan in plans}
     found = []
     for plan in plans:
         found.append(plan)
-        if plan.annotation.route is None:
+        if plan.annotation.reward.route is None:
             continue
         oracle = _plan_oracle(plan, configs[plan.name])
-        if oracle.annotation.reward_key not in known:
+        if oracle.annotation.reward.key not in known:
             found.append(oracle)
     return found
 
@@ -143,12 +152,13 @@ def _plan(
         # The domains come from the sections here: two rows may differ in nothing else.
         domains = {section: oracle.get(section) for section in config.sections_in_use()}
         _check_domains(plan, domains, name)
-        plan = replace(plan, reward_key=content_hash([plan.reward_key, domains]))
+        key = content_hash([plan.reward.key, domains])
+        plan = replace(plan, reward=replace(plan.reward, key=key))
     return EvaluationPlan(config, name, plan, oracle, sample)
 
 
 def _check_domains(plan: AnnotationPlan, domains: Mapping[str, str | None], name: str) -> None:
-    known = plan.given_domains or ()
+    known = plan.reward.given_domains or ()
     problems = [
         f"oracle.{section}: must be a domain of the prompt pack ({', '.join(known)}), "
         f"got {domain!r}"

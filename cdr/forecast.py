@@ -20,10 +20,13 @@ from cdr.estimate import (
     load_model_shape,
     sharing_gain,
 )
+from cdr.judge_encoding import CHARS_PER_TOKEN
 from cdr.prompt_pack import PromptPack
+from cdr.reward_config import ApiSpec
 from cdr.routing import known_routes
 from cdr.scoring import Work, plan_waves
 from cdr.stages import Context
+from cdr.verdicts import plan_question_waves
 
 _REFERENCE_GPUS = ("NVIDIA A10G", "NVIDIA A100", "NVIDIA H100")
 
@@ -35,10 +38,10 @@ def assume_routes(prompts: DataFrame, run: Context) -> DataFrame:
         The columns of `cdr.routing.give_domains`; `domain_source` is `assumed` where nothing is
         known.
     """
-    plan = run.plan
-    routing = plan.config.reward.routing
+    plan = run.plan.reward
+    route, routing = plan.route, plan.spec.routing
     no_error = F.lit(None).cast("string").alias("route_error")
-    if plan.route is None:
+    if route is None:
         domain = {
             "column": F.col("given_domain"),
             "fixed": F.lit(routing.domain),
@@ -47,8 +50,8 @@ def assume_routes(prompts: DataFrame, run: Context) -> DataFrame:
         return prompts.select(
             "*", domain.alias("domain"), F.lit(routing.mode).alias("domain_source"), no_error
         )
-    longest = max(plan.route.domains, key=lambda name: _conditioning_chars(plan.route.pack, name))  # type: ignore[union-attr]
-    known = known_routes(plan.route, run.warehouse).drop("domain_confidence")
+    longest = max(route.domains, key=lambda name: _conditioning_chars(route.pack, name))
+    known = known_routes(route, run.warehouse).drop("domain_confidence")
     return (
         prompts.join(known, on="prompt_hash", how="left")
         .withColumn("domain_source", F.coalesce("domain_source", F.lit("assumed")))
@@ -82,13 +85,17 @@ def forecast(candidates: DataFrame, routed: DataFrame, work: Work, run: Context)
     sources = {r[0]: r[1] for r in routed.groupBy("domain_source").count().collect()}
     share = 1 - work.completions / work.asked if work.asked else 1.0
     reasons = ", ".join(f"{row[0]} {row[1]:,}" for row in rejected) or "0"
+    if plan.reward.spec.is_asked_by_api:
+        asked, waves = "questions", plan_question_waves(work, run)
+    else:
+        asked, waves = "log-probs", plan_waves(work, run)
     lines = [
         "dry run: nothing is written, no model is loaded",
         "",
         f"prompts      {sum(sources.values()):,}",
         f"candidates   {total:,}   rejected so far: {reasons}",
-        f"log-probs    {work.asked:,} asked, {work.asked - work.completions:,} in the store "
-        f"({share:.0%}), {work.completions:,} to score in {len(plan_waves(work, run)):,} waves",
+        f"{asked}    {work.asked:,} asked, {work.asked - work.completions:,} in the store "
+        f"({share:.0%}), {work.completions:,} to score in {len(waves):,} waves",
         f"tokens       {format_count(work.tokens)} to read",
     ]
     if unknown := sources.get("assumed", 0):
@@ -96,15 +103,26 @@ def forecast(candidates: DataFrame, routed: DataFrame, work: Work, run: Context)
             f"not routed   {unknown:,} prompts; counted with the longest conditioning, and the "
             "router's own reading comes on top"
         )
-    if work.tokens:
+    if work.tokens and plan.reward.spec.is_asked_by_api:
+        lines += ["", _price(work, run)]
+    elif work.tokens:
         lines += ["", *_costs(work, run)]
     if plan.limit is not None:
         lines += ["", f"with --limit: results would go to the dataset '{plan.dataset}'"]
     return "\n".join(lines)
 
 
+def _price(work: Work, run: Context) -> str:
+    (engine,) = run.plan.reward.engines
+    api = ApiSpec.model_validate_json(engine.extra)
+    if api.prompt_price is None or api.answer_price is None:
+        return "what that costs is not known: models.judge.api has no prompt_price and answer_price"
+    cost = (work.tokens * api.prompt_price + work.completions * api.answer_price) / 1e6
+    return f"about {cost:,.2f} USD by the config's prices, at {CHARS_PER_TOKEN} characters a token"
+
+
 def _costs(work: Work, run: Context) -> list[str]:
-    models = {model.model_key: model for model in run.plan.models.values()}
+    models = {model.model_key: model for model in run.plan.reward.models.values()}
     devices = [peak for name in _REFERENCE_GPUS if (peak := gpu_peak(name)) is not None]
     flops = {
         dtype: matmul_flops(dtype)

@@ -4,7 +4,7 @@ A person's prompts stand in many places, under three kinds of key:
 
     by prompt_id     completions, rewards, preferences, unpaired, rejects, benchmark_pairs
     by prompt_hash   routes: the hash of the text, which another prompt_id may share
-    by token ids     logprobs: the hashes that a reward's `terms` name, shared likewise
+    by content       logprobs and verdicts: the hashes that a reward's `terms` name, shared likewise
 
 Rows of the last two kinds go only if no other prompt's row uses them. Such rows are deleted first
 and the rows that lead to them last, so that what a killed deletion has left, the same command finds
@@ -47,6 +47,7 @@ from cdr.tables import (
     ROUTES,
     RUNS,
     TABLES,
+    VERDICTS,
     Table,
 )
 from cdr.text_table import render_table
@@ -74,7 +75,7 @@ class Request:
         prompt_ids: the prompts' ids.
         dataset: only there, and in its trials and its sampling's rejects (`NAME.limit-20`,
             `NAME.prompts`); None: in every dataset.
-        unclaimed: also delete log-probs and routes that no row of any prompt uses. Whose they are
+        unclaimed: also delete log-probs, verdicts and routes that no row of any prompt uses. Whose they are
             cannot be told: those of candidates that have since changed, and those of a run that has
             not finished, which would have to score them again.
     """
@@ -128,7 +129,7 @@ class Receipt:
         num_found: ids that stood in a table.
         dataset: as asked; null: all.
         tables: what became of each.
-        unclaimed: log-probs and routes that no row uses and whose prompt is unknown; they were
+        unclaimed: log-probs, verdicts and routes that no row uses and whose prompt is unknown; they were
             deleted if that was asked for, and are in `rows` above then.
         unclaimed_deleted: whether they were.
         mlflow_run_ids: MLflow runs of the deleted pairs: their artifacts may quote texts.
@@ -176,8 +177,8 @@ class Receipt:
         lines += render_table(header, rows)
         if self.unclaimed:
             fate = "deleted too" if self.unclaimed_deleted else "--unclaimed deletes them too"
-            lines += ["", f"{self.unclaimed:,} log-probs and routes belong to no prompt any more, "
-                      f"so it cannot be told whose they were; {fate}"]  # fmt: skip
+            lines += ["", f"{self.unclaimed:,} log-probs, verdicts and routes belong to no prompt "
+                      f"any more, so it cannot be told whose they were; {fate}"]  # fmt: skip
         return "\n".join(lines)
 
 
@@ -220,6 +221,7 @@ class Forgetting:
         owners = facts.where("owner IS NOT NULL").select("owner.*", "rows")
         self._keys = {
             LOGPROBS.name: self._sort_out(LOGPROBS, facts, "term"),
+            VERDICTS.name: self._sort_out(VERDICTS, facts, "term"),
             ROUTES.name: self._sort_out(ROUTES, facts, "prompt"),
         }
         fates = self._count_fates()
@@ -239,11 +241,9 @@ class Forgetting:
             F.collect_set(F.when(F.col("table") == REWARDS.name, F.col("run_id"))).alias("run_ids"),
         ).first()
         assert found is not None
+        shared = (LOGPROBS, VERDICTS, ROUTES)
         rows = {table.name: int(found[table.name] or 0) for table in BY_ID}
-        rows |= {
-            table.name: sum(fates[table.name, fate] for fate in gone)
-            for table in (LOGPROBS, ROUTES)
-        }
+        rows |= {table.name: sum(fates[table.name, fate] for fate in gone) for table in shared}
         tables = []
         for table in self._tables():
             versions = [one.version for one in read_history(self._warehouse.delta(table).history())]
@@ -265,7 +265,7 @@ class Forgetting:
             num_found=found["prompts"],
             dataset=self._request.dataset,
             tables=tables,
-            unclaimed=sum(fates[table.name, "unclaimed"] for table in (LOGPROBS, ROUTES)),
+            unclaimed=sum(fates[table.name, "unclaimed"] for table in shared),
             unclaimed_deleted=self._request.unclaimed,
             mlflow_run_ids=self._mlflow_runs(found["run_ids"]),
             staging_folders=self._other_staging(),
@@ -374,6 +374,10 @@ class Forgetting:
         """
         used = facts.where(f"{kind} IS NOT NULL").select(f"{kind}.*", "is_mine", "is_others")
         keys = [name for name in used.columns if name in table.key]
+        # Both answers to a judge's question name the one verdict on it.
+        used = used.groupBy(*keys).agg(
+            F.bool_or("is_mine").alias("is_mine"), F.bool_or("is_others").alias("is_others")
+        )
         fate = (
             F.when(F.col("is_mine").isNull(), "unclaimed")
             .when(F.col("is_mine") & F.col("is_others"), "shared")

@@ -31,7 +31,8 @@ def task_gpus(spark: SparkSession, engines: Sequence[EngineSpec]) -> dict[str, A
 
     Args:
         spark: the session.
-        engines: all that the stage needs; the largest `tensor_parallel` counts.
+        engines: all that the stage needs; the largest `tensor_parallel` counts. None for a judge
+            behind an API.
 
     Returns:
         `{"profile": ...}`, or nothing where Spark's settings fit already, or where Spark gives
@@ -40,7 +41,9 @@ def task_gpus(spark: SparkSession, engines: Sequence[EngineSpec]) -> dict[str, A
     Raises:
         SetupError: executors have fewer GPUs, or this Spark needs a setting for it.
     """
-    needed = max(engine.tensor_parallel for engine in engines)
+    needed = max((engine.tensor_parallel for engine in engines), default=0)
+    if not needed:
+        return {}
     conf = spark.sparkContext.getConf()
     per_executor = int(conf.get(_EXECUTOR, "0") or 0)
     if is_one_machine(spark.sparkContext.master) or not per_executor:

@@ -214,7 +214,7 @@ def split_pairs(pairs: DataFrame, run: Context) -> DataFrame:
     """
     plan = run.plan
     rows = pairs.select("prompt_id", "prompt", "chosen", "rejected", "section", "subset", "domain")
-    candidates = make_candidates(rows, plan.config.input, domains=plan.given_domains)
+    candidates = make_candidates(rows, plan.config.input, domains=plan.reward.given_domains)
     unfit = pairs.where("reason IS NOT NULL").select(
         "prompt_id",
         F.col("reason").alias("_reason"),
@@ -258,7 +258,11 @@ def judge_pairs(
         F.first("domain").alias("domain"),
         F.first("domain_source").alias("domain_source"),
     )
-    refused = rejects.groupBy("prompt_id").agg(F.min("reason").alias("refused"))
+    # Of a judge's pair, what is wrong with one answer comes before what that means for the other.
+    alone = F.col("reason") == RejectReason.NO_OTHER_CANDIDATE.value
+    refused = rejects.groupBy("prompt_id").agg(
+        F.coalesce(F.min(F.when(~alone, F.col("reason"))), F.min("reason")).alias("refused")
+    )
     joined = pairs.select("prompt_id", "section", "subset")
     for other in (prompts, side(CHOSEN, "chosen"), side(REJECTED, "rejected"), refused):
         joined = joined.join(other, on="prompt_id", how="left")
@@ -282,13 +286,13 @@ def judge_pairs(
                     F.coalesce("refused", "chosen_error", "rejected_error", F.lit("not_scored")),
                 ),
                 "dataset": F.lit(plan.dataset),
-                "reward_key": F.lit(plan.reward_key),
+                "reward_key": F.lit(plan.reward.key),
                 "reward_name": F.lit(plan.config.reward.name),
                 "run_id": F.lit(run.run_id),
             }
         )
     )
-    warehouse.replace(BENCHMARK_PAIRS, rows, dataset=plan.dataset, reward_key=plan.reward_key)
+    warehouse.replace(BENCHMARK_PAIRS, rows, dataset=plan.dataset, reward_key=plan.reward.key)
     return warehouse.read(BENCHMARK_PAIRS).where(
-        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward_key)
+        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward.key)
     )

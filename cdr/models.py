@@ -20,7 +20,7 @@ from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import resolve_dtype
 from cdr.engines.vllm_setup import resolve_head_dtype
 from cdr.errors import ConfigError, ModelError
-from cdr.reward_config import ModelSpec, RewardSpec
+from cdr.reward_config import ApiSpec, ModelSpec, RewardSpec
 from cdr.weights import (
     Source,
     fetch_small_files,
@@ -34,6 +34,7 @@ from cdr.weights import (
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 _STUB_VOCABULARY = 1 << 20
+_SHOWN_LABELS = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ResolvedModel:
         spec: what the config said.
         engine_spec: what hosts load; its `name` is the model key.
         vocab_size: rows of the embedding; token ids must be below it.
-        config_folder: local folder with config.json and tokenizer files.
+        config_folder: local folder with config.json and tokenizer files; empty for an API.
     """
 
     role: str
@@ -60,7 +61,12 @@ class ResolvedModel:
         return self.engine_spec.name
 
     def tokenizer_hash(self) -> str:
-        """Hash of the tokenizer's files: they decide token ids, not log-probs of ids."""
+        """Hash of the tokenizer's files: they decide token ids, not log-probs of ids.
+
+        Empty for a model behind an API, which is asked in text.
+        """
+        if self.spec.engine == "api":
+            return ""
         return hash_files(Path(self.config_folder), _TOKENIZER_FILES)
 
 
@@ -126,7 +132,9 @@ def _resolve(role: str, spec: ModelSpec, find: Callable[[Source], _Found]) -> Re
             _STUB_VOCABULARY,
             spec.path,
         )
-    model = find_named(Source(spec.path, spec.revision, spec.checksum))
+    if spec.api is not None:
+        return _resolve_api(role, spec, spec.api)
+    model = find_named(Source(spec.path, spec.revision, spec.checksum, has_code=spec.custom_code))
     dtype = resolve_dtype(spec.dtype)
     head_dtype = resolve_head_dtype(spec.head_dtype, engine=spec.engine, dtype=dtype)
     identity = {
@@ -141,6 +149,9 @@ def _resolve(role: str, spec: ModelSpec, find: Callable[[Source], _Found]) -> Re
         # vLLM takes arguments that decide numbers (the dtype of its cache) and others; which is
         # which changes with its version.
         identity["extra"] = spec.extra
+    if spec.engine == "classifier":
+        check_classifier(spec, model.folder / "config.json", where)
+        identity |= {"output": spec.output, "custom_code": spec.custom_code}
     adapter: _Found | None = None
     if spec.adapter is not None:
         source = Source(spec.adapter, spec.adapter_revision, spec.adapter_checksum, is_adapter=True)
@@ -155,6 +166,20 @@ def _resolve(role: str, spec: ModelSpec, find: Callable[[Source], _Found]) -> Re
     )
     vocab_size = _vocab_size(model.folder / "config.json", where)
     return ResolvedModel(role, spec, engine_spec, vocab_size, str(model.folder))
+
+
+def _resolve_api(role: str, spec: ModelSpec, api: ApiSpec) -> ResolvedModel:
+    """Key a model behind an API by all that is known of it: its names, and what it is asked for."""
+    identity = {
+        "engine": "api",
+        "model": spec.path,
+        "base_url": api.base_url,
+        "max_tokens": api.max_tokens,
+    }
+    engine = replace(
+        _engine_spec(spec, identity, "float32", "float32"), extra=api.model_dump_json()
+    )
+    return ResolvedModel(role, spec, engine, 0, "")
 
 
 def _engine_spec(
@@ -173,6 +198,8 @@ def _engine_spec(
         quantization=spec.quantization,
         memory_fraction=spec.memory_fraction,
         tensor_parallel=spec.tensor_parallel,
+        output=spec.output or "",
+        custom_code=spec.custom_code,
     )
 
 
@@ -207,6 +234,57 @@ def _find(source: Source) -> _Found:
     if source.checksum not in (None, content):
         raise wrong_checksum(source, content, source.path)
     return _Found(folder, content, content)
+
+
+def check_classifier(spec: ModelSpec, config_file: Path, where: str) -> None:
+    """Check on the driver that a classifier is one, and that one of its outputs is meant.
+
+    Args:
+        spec: a model of engine `classifier`.
+        config_file: its config.json.
+        where: config key of the model.
+
+    Raises:
+        ConfigError: it is another kind of model, brings code that is not allowed, or has several
+            outputs and none is named.
+    """
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    own_code = config.get("auto_map", {}).get("AutoModelForSequenceClassification")
+    if own_code is not None and not spec.custom_code:
+        # transformers would load a class of its own in its place, with a random head.
+        raise ConfigError(
+            [f"{where}.custom_code: the model brings code of its own ({own_code}), got false"],
+            fix=f"read the code of {spec.path}; if you trust it, set custom_code to true and pin "
+            "the model",
+        )
+    if spec.custom_code and own_code is None:
+        raise ConfigError([f"{where}.custom_code: the model brings no code for a classifier"])
+    if spec.custom_code and "--" in own_code:
+        raise ConfigError(
+            [f"{where}.custom_code: the code lies in another repository ({own_code})"],
+            fix="only code that is pinned with the weights is run: copy both into one folder",
+        )
+    architectures = config.get("architectures") or []
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if not is_classifier and not spec.custom_code:
+        raise ConfigError(
+            [f"{where}.path: must be a sequence classifier, is {', '.join(architectures) or '?'}"],
+            fix="a reward model's config.json names ...ForSequenceClassification",
+        )
+    # transformers leaves its default of two labels out of the file.
+    labels = list(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).values())
+    if spec.output is None and len(labels) > 1:
+        shown = ", ".join(labels[:_SHOWN_LABELS]) + (", ..." if len(labels) > _SHOWN_LABELS else "")
+        raise ConfigError(
+            [f"{where}.output: is required for a classifier of {len(labels)} outputs ({shown})"],
+            fix="name the output that is the reward"
+            + (", a field of what the model's code returns" if spec.custom_code else ""),
+        )
+    # Of custom code it is a field, which no file lists.
+    if spec.output is not None and spec.output not in labels and not spec.custom_code:
+        raise ConfigError(
+            [f"{where}.output: must be one of {', '.join(labels)}, got '{spec.output}'"]
+        )
 
 
 def _vocab_size(config_file: Path, where: str) -> int:

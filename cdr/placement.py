@@ -55,13 +55,14 @@ def place(plan: AnnotationPlan, spark: SparkSession) -> AnnotationPlan:
     placement: Placement = run.placement
     if placement == "auto" or run.device_memory_gib is not None:
         memory = int((run.device_memory_gib or 0) * _GIB) or _look_up(spark)
-        needs = {role: _needed_bytes(model) for role, model in plan.models.items()}
+        needs = {role: _needed_bytes(model) for role, model in plan.reward.models.items()}
         if placement == "auto":
             placement = _choose(plan, needs, memory)
         _refuse_too_large(plan, needs, memory, placement)
     decided = run.model_copy(update={"placement": placement})
     config = plan.config.model_copy(update={"run": decided})
-    return replace(plan, config=config, engines=_with_shares(plan.engines, placement))
+    reward = replace(plan.reward, engines=_with_shares(plan.reward.engines, placement))
+    return replace(plan, config=config, reward=reward)
 
 
 def share_device(engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
@@ -79,7 +80,7 @@ def weights_bytes(model: ResolvedModel) -> int | None:
     Floating-point weights are converted when they are loaded; others (quantised ones) stay as
     they are stored.
     """
-    if model.spec.engine == "stub":
+    if model.spec.engine in ("stub", "api"):
         return 0
     folder, run_bytes = Path(model.config_folder), _RUN_BYTES[model.engine_spec.dtype]
     files = sorted(folder.glob("*.safetensors"))
@@ -126,16 +127,16 @@ def _needed_bytes(model: ResolvedModel) -> float:
 
 
 def _choose(plan: AnnotationPlan, needs: Mapping[str, float], memory: int) -> Placement:
-    shares = {engine.name: engine.memory_fraction for engine in _with_shares(plan.engines)}
+    shares = {engine.name: engine.memory_fraction for engine in _with_shares(plan.reward.engines)}
     fits = all(
         needs[role] <= (shares[model.model_key] or USABLE) * memory
-        for role, model in plan.models.items()
+        for role, model in plan.reward.models.items()
         if model.model_key in shares
     )
     placement: Placement = "colocated" if fits else "sequential"
     sizes = ", ".join(
         f"{role} {needs[role] / _GIB:.1f}"
-        for role, model in plan.models.items()
+        for role, model in plan.reward.models.items()
         if model.model_key in shares
     )
     print(f"placement: {placement} (GiB needed per device: {sizes}; there: {memory / _GIB:.1f})")
@@ -146,10 +147,11 @@ def _refuse_too_large(
     plan: AnnotationPlan, needs: Mapping[str, float], memory: int, placement: Placement
 ) -> None:
     shares = {
-        engine.name: engine.memory_fraction for engine in _with_shares(plan.engines, placement)
+        engine.name: engine.memory_fraction
+        for engine in _with_shares(plan.reward.engines, placement)
     }
     problems = []
-    for role, model in plan.models.items():
+    for role, model in plan.reward.models.items():
         own = model.engine_spec.memory_fraction  # the router's, which is loaded alone
         share = (shares.get(model.model_key) or own or USABLE) * memory
         if needs[role] > share:

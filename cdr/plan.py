@@ -19,7 +19,7 @@ from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
 from cdr.prompt_pack import PromptPack, load_prompt_pack
-from cdr.reward import reward_key
+from cdr.reward import reward_key, term_name
 from cdr.reward_config import Condition, RewardSpec
 from cdr.router import router_key
 from cdr.text_files import read_text
@@ -60,31 +60,36 @@ class RewardPlan:
     """A checked reward: what decides its numbers, found and keyed.
 
     Args:
-        reward: the resolved config.
+        spec: the resolved config.
         models: models by role.
         pack: the prompt pack; None where prompts are left as they are.
         encoding: what decides the token ids.
         engines: the scoring models, each once, in the order of the terms.
         route: the router; None unless the mode is `adaptive`.
-        reward_key: hash of all that decides the reward's numbers.
+        key: hash of all that decides the reward's numbers; `reward_key` in tables.
     """
 
-    reward: RewardSpec
+    spec: RewardSpec
     models: Mapping[str, ResolvedModel]
     pack: PromptPack | None
     encoding: EncodingPlan
     engines: tuple[EngineSpec, ...]
     route: RoutePlan | None
-    reward_key: str
+    key: str
 
     @property
     def given_domains(self) -> tuple[str, ...] | None:
         """Domains that may be given with a prompt; None where they are not used."""
-        return _given_domains(self.reward, self.pack)
+        if self.pack is None or self.spec.routing.mode != "column":
+            return None
+        return tuple(self.pack.domains)
 
     def term_views(self) -> dict[str, tuple[str, Condition]]:
         """Give each term's (model key, condition) by its name `model/condition`."""
-        return _term_views(self.reward, self.models)
+        return {
+            term_name(term): (self.models[term.model].model_key, term.condition)
+            for term in self.spec.resolved_terms()
+        }
 
 
 @dataclass(frozen=True)
@@ -95,39 +100,20 @@ class AnnotationPlan:
         config: the resolved config.
         dataset: name in all tables; a limited run has a name of its own.
         limit: prompts at most; None for all.
-        models: models by role.
-        pack: the prompt pack; None where prompts are left as they are.
-        encoding: what decides the token ids.
-        engines: the scoring models, each once, in the order of the terms.
-        route: the router; None unless the mode is `adaptive`.
-        reward_key: hash of all that decides the reward's numbers.
+        reward: the plan of the config's reward.
         reward_version: `NAME/3` where the reward is a version of MLflow's registry; else None.
     """
 
     config: AnnotateConfig
     dataset: str
     limit: int | None
-    models: Mapping[str, ResolvedModel]
-    pack: PromptPack | None
-    encoding: EncodingPlan
-    engines: tuple[EngineSpec, ...]
-    route: RoutePlan | None
-    reward_key: str
+    reward: RewardPlan
     reward_version: str | None = None
-
-    @property
-    def given_domains(self) -> tuple[str, ...] | None:
-        """Domains the input's column may hold; None where the column is not used."""
-        return _given_domains(self.config.reward, self.pack)
 
     @property
     def selection_key(self) -> str:
         """Hash of the rule that chooses pairs."""
         return self.config.pairs.key()
-
-    def term_views(self) -> dict[str, tuple[str, Condition]]:
-        """Give each term's (model key, condition) by its name `model/condition`."""
-        return _term_views(self.config.reward, self.models)
 
 
 def plan_annotation(
@@ -144,17 +130,11 @@ def plan_annotation(
     Raises:
         ConfigError: a model, template, pack or domain is missing or does not fit.
     """
-    planned = reward or plan_reward(config.reward)
     return AnnotationPlan(
         config=config,
         dataset=config.dataset if limit is None else f"{config.dataset}.limit-{limit}",
         limit=limit,
-        models=planned.models,
-        pack=planned.pack,
-        encoding=planned.encoding,
-        engines=planned.engines,
-        route=planned.route,
-        reward_key=planned.reward_key,
+        reward=reward or plan_reward(config.reward),
     )
 
 
@@ -174,12 +154,16 @@ def plan_reward(reward: RewardSpec) -> RewardPlan:
     _check_domains(reward, pack)
     load = cache(load_tokenizer)  # models of a reward often share a tokenizer
     templates = {
-        term.model: _template(reward, models, models[term.model], load)
+        # What is asked in text has no template of ours.
+        term.model: ""
+        if models[term.model].spec.engine == "api"
+        else _template(reward, models, models[term.model], load)
         for term in reward.resolved_terms()
     }
     scoring = {models[term.model].model_key: models[term.model] for term in reward.resolved_terms()}
-    tokenizers = tuple(_tokenizer(model, templates[model.role]) for model in scoring.values())
-    for spec, model in zip(tokenizers, scoring.values(), strict=True):
+    readers = [model for model in scoring.values() if model.spec.engine != "api"]
+    tokenizers = tuple(_tokenizer(model, templates[model.role]) for model in readers)
+    for spec, model in zip(tokenizers, readers, strict=True):
         _check_vocabulary(spec, model, load)
     views = dict.fromkeys(
         (models[term.model].model_key, term.condition) for term in reward.resolved_terms()
@@ -200,13 +184,13 @@ def plan_reward(reward: RewardSpec) -> RewardPlan:
         for role, template in templates.items()
     }
     return RewardPlan(
-        reward=reward,
+        spec=reward,
         models=models,
         pack=pack,
         encoding=encoding,
         engines=engines,
         route=route,
-        reward_key=reward_key(
+        key=reward_key(
             reward,
             {role: model.model_key for role, model in models.items()},
             pack.key if pack else None,
@@ -214,21 +198,6 @@ def plan_reward(reward: RewardSpec) -> RewardPlan:
             template_hashes,
         ),
     )
-
-
-def _given_domains(reward: RewardSpec, pack: PromptPack | None) -> tuple[str, ...] | None:
-    if pack is None or reward.routing.mode != "column":
-        return None
-    return tuple(pack.domains)
-
-
-def _term_views(
-    reward: RewardSpec, models: Mapping[str, ResolvedModel]
-) -> dict[str, tuple[str, Condition]]:
-    return {
-        f"{term.model}/{term.condition}": (models[term.model].model_key, term.condition)
-        for term in reward.resolved_terms()
-    }
 
 
 def _check_domains(reward: RewardSpec, pack: PromptPack | None) -> None:
@@ -288,6 +257,7 @@ def _tokenizer(model: ResolvedModel, template: str) -> TokenizerSpec:
         template=template,
         max_length=model.spec.max_length,
         vocab_size=model.vocab_size,
+        close_turns=model.spec.engine == "classifier",
     )
 
 

@@ -174,11 +174,14 @@ class Conditioned:
         messages: T(x); the very messages of x in a vanilla domain.
         instruction_id: the instruction drawn; None in a vanilla domain.
         exemplar_id: the exemplar drawn; None where there is none, or it was left out.
+        criteria: instruction and exemplar by themselves, as they stand in T(x); None in a vanilla
+            domain.
     """
 
     messages: list[Message]
     instruction_id: str | None
     exemplar_id: str | None
+    criteria: str | None = None
 
 
 class PromptPack(Spec):
@@ -268,7 +271,7 @@ class PromptPack(Spec):
             instruction=spec.instructions[instruction_id],
             exemplar=spec.exemplars[exemplar_id].model_dump() if exemplar_id else None,
         )
-        return Conditioned(self._place(messages, criteria), instruction_id, exemplar_id)
+        return Conditioned(self._place(messages, criteria), instruction_id, exemplar_id, criteria)
 
     def _place(self, messages: Sequence[Message], criteria: str) -> list[Message]:
         if self.layout.placement == "user":

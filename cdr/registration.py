@@ -18,7 +18,7 @@ from typing import Any
 
 import cdr
 from cdr.config import TrackingSpec
-from cdr.errors import InputError, SetupError
+from cdr.errors import ConfigError, InputError, SetupError
 from cdr.plan import RewardPlan
 from cdr.registry import KEY_TAG, Registry, RewardVersion, check_name
 from cdr.reward_files import describe_weights, package_version, write_reward
@@ -116,16 +116,22 @@ def register_reward(
         force: make a new version in any case.
 
     Raises:
-        ConfigError: the name or alias cannot be one.
+        ConfigError: the name or alias cannot be one, or the reward is a judge.
         SetupError: the store or registry cannot be used.
     """
-    name = name or plan.reward.name
+    if plan.spec.is_judge:
+        raise ConfigError(
+            [f"form: '{plan.spec.form}' compares the candidates of a prompt, so it is no function "
+             "of a row, as a registered reward is"],
+            fix="give its YAML to jobs/annotate.py or jobs/evaluate.py",
+        )  # fmt: skip
+    name = name or plan.spec.name
     check_name("--name", name)
     if alias is not None:
         check_name("--alias", alias)
     registry = Registry(uri)
     latest = registry.find_latest(name)
-    is_new = force or latest is None or latest.reward_key != plan.reward_key
+    is_new = force or latest is None or latest.reward_key != plan.key
     if is_new:
         version = _log(plan, registry, name, metrics or {})
     else:
@@ -142,7 +148,7 @@ def register_reward(
 
 def describe(plan: RewardPlan) -> str:
     """Describe a reward for the registry's page of a version: Markdown, one fact a line."""
-    reward = plan.reward
+    reward = plan.spec
     lines = [reward.description.strip() or f"Reward {reward.name}.", ""]
     for role, model in plan.models.items():
         weights = " + ".join(describe_weights(model).values())
@@ -153,7 +159,7 @@ def describe(plan: RewardPlan) -> str:
     lines += [
         f"- terms: {terms}; {reward.reduction}",
         f"- prompt pack: {pack}; routing: {reward.routing.mode}",
-        f"- reward key: `{plan.reward_key}`",
+        f"- reward key: `{plan.key}`",
     ]
     return "\n".join(lines)
 
@@ -161,8 +167,8 @@ def describe(plan: RewardPlan) -> str:
 def version_tags(plan: RewardPlan) -> dict[str, str]:
     """Give the tags of a version: its key, its pinned models, its pack."""
     tags = {
-        KEY_TAG: plan.reward_key,
-        "cdr_reward_name": plan.reward.name,
+        KEY_TAG: plan.key,
+        "cdr_reward_name": plan.spec.name,
         "cdr_package_version": package_version(),
     }
     if plan.pack is not None:
@@ -179,11 +185,11 @@ def _log(
     tracking = TrackingSpec(uri=registry.uri, experiment=EXPERIMENT)
     tags = {
         "cdr.job": "register_reward",
-        "cdr.reward_name": plan.reward.name,
-        "cdr.reward_key": plan.reward_key,
+        "cdr.reward_name": plan.spec.name,
+        "cdr.reward_key": plan.key,
         "cdr.registered_model": name,
     }
-    config = plan.reward.model_dump(mode="json")
+    config = plan.spec.model_dump(mode="json")
     run_name = f"register {name}"
     with RunTracker(tracking, ".", run_name=run_name, config=config, tags=tags) as tracker:
         tracker.log_metrics(metrics)

@@ -18,8 +18,9 @@ from typing import Any
 from cdr.config import TrackingSpec, load_annotate_config
 from cdr.config_files import named_file, read_values, validate_config
 from cdr.errors import CdrError, ConfigError, SetupError
+from cdr.evaluation_config import EvaluateConfig, load_evaluate_config
 from cdr.node_cache import make_cache_dir
-from cdr.plan import AnnotationPlan, plan_annotation, plan_reward
+from cdr.plan import AnnotationPlan, RewardPlan, plan_annotation, plan_reward
 from cdr.reward_files import CONFIG, check_identity, read_identity
 from cdr.tracking import (
     first_line,
@@ -317,28 +318,77 @@ def load_annotation_plan(
             not the one that was registered.
         SetupError: the registry cannot be used.
     """
+    registered = _fetch_reward(path, overrides)
+    if registered is None:
+        return plan_annotation(load_annotate_config(path, overrides), limit=limit)
+    config = load_annotate_config(path, [*overrides, registered.override])
+    reward = plan_reward(config.reward)
+    registered.check(reward)
+    plan = plan_annotation(config, limit=limit, reward=reward)
+    return replace(plan, reward_version=str(registered.version))
+
+
+def load_evaluation(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[EvaluateConfig, str | None]:
+    """Read an evaluate YAML; its reward may be a version of the registry.
+
+    Args:
+        path: the YAML file.
+        overrides: as for `load_annotation_plan`. Rows may change the reward as those of a file.
+
+    Returns:
+        The config, and the version (`NAME/3`) where the reward is a registered one.
+
+    Raises:
+        ConfigError: as for `load_annotation_plan`.
+        SetupError: the registry cannot be used.
+    """
+    registered = _fetch_reward(path, overrides)
+    if registered is None:
+        return load_evaluate_config(path, overrides), None
+    config = load_evaluate_config(path, [*overrides, registered.override])
+    registered.check(plan_reward(config.reward))
+    return config, str(registered.version)
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """A registered reward whose files have been fetched."""
+
+    version: RewardVersion
+    folder: Path
+
+    @property
+    def override(self) -> str:
+        """The item that puts it in the place of its name."""
+        return f"reward={self.folder / CONFIG}"
+
+    def check(self, reward: RewardPlan) -> None:
+        """Refuse a reward that is not the one that was registered."""
+        identity = read_identity(self.folder)
+        if identity.reward_key != self.version.reward_key:
+            raise ConfigError(
+                [
+                    f"reward: the files of '{self.version}' have the key "
+                    f"{identity.reward_key[:16]}, it was registered with "
+                    f"{str(self.version.reward_key)[:16]}: they were replaced"
+                ],
+                where=self.version.uri,
+                fix="register the reward again: jobs/register_reward.py --config ...",
+            )
+        check_identity(reward, identity, self.version.uri)
+
+
+def _fetch_reward(path: str | Path, overrides: Sequence[str]) -> _Registered | None:
+    """Fetch the registered reward that a config names; None where it names none."""
     named = named_file(path, overrides, "reward")
     if named is None or not is_reference(named):
-        return plan_annotation(load_annotate_config(path, overrides), limit=limit)
+        return None
     reference = parse_reference(named)
     registry = Registry(_tracking_uri(path, overrides))
     version = registry.find(reference)
-    folder = registry.fetch(version)
-    config = load_annotate_config(path, [*overrides, f"reward={folder / CONFIG}"])
-    reward = plan_reward(config.reward)
-    identity = read_identity(folder)
-    if identity.reward_key != version.reward_key:
-        raise ConfigError(
-            [
-                f"reward: the files of '{version}' have the key {identity.reward_key[:16]}, "
-                f"it was registered with {str(version.reward_key)[:16]}: they were replaced"
-            ],
-            where=version.uri,
-            fix="register the reward again: jobs/register_reward.py --config ...",
-        )
-    check_identity(reward, identity, version.uri)
-    plan = plan_annotation(config, limit=limit, reward=reward)
-    return replace(plan, reward_version=str(version))
+    return _Registered(version, registry.fetch(version))
 
 
 @contextlib.contextmanager

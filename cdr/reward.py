@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from cdr.config import content_hash
+from cdr.judge import JUDGE_KEY
 from cdr.reward_config import Condition, RewardSpec, TermSpec
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ def reward_key(
             "router": route_key,
             "encoding": spec.encoding.model_dump(mode="json", exclude={"template"}),
             "seed": spec.seed,
+            **({"judge": JUDGE_KEY} if spec.is_judge else {}),
         }
     )
 

@@ -17,19 +17,46 @@ from cdr.config_files import Spec, load_config
 from cdr.weights import checksum_command, is_uri
 
 Domain = str
-Condition = Literal["plain", "conditioned", "unconditional"]
-EngineName = Literal["transformers", "vllm", "stub"]
+Condition = Literal["plain", "conditioned", "unconditional", "compared"]
+EngineName = Literal["transformers", "vllm", "classifier", "api", "stub"]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _CHECKSUM = re.compile(r"^[0-9a-f]{64}$")
 
 
+class ApiSpec(Spec):
+    """An OpenAI-compatible endpoint (`/chat/completions`), and how hard it may be asked."""
+
+    base_url: str = Field(pattern=r"^https?://", description="Such as `https://api.openai.com/v1`.")
+    api_key_variable: str = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable with the key, on every node. The key is written nowhere.",
+    )
+    max_tokens: int = Field(16, ge=1, description="Tokens of an answer at most; a letter is asked.")
+    concurrency: int = Field(8, ge=1, description="Requests at a time, over all tasks.")
+    requests_per_minute: float | None = Field(
+        None, gt=0, description="Requests begun per minute at most, over all tasks. None: no limit."
+    )
+    wave_questions: int = Field(
+        500, ge=1, description="Questions per commit: what a killed run has to pay for again."
+    )
+    timeout_s: float = Field(60, gt=0, description="Seconds to wait for an answer.")
+    retries: int = Field(
+        5, ge=0, description="Further tries of a request that is refused for now, or times out."
+    )
+    prompt_price: float | None = Field(
+        None, ge=0, description="USD per million tokens read. None: cost is not known."
+    )
+    answer_price: float | None = Field(None, ge=0, description="USD per million tokens written.")
+
+
 class ModelSpec(Spec):
     """A model and how to run it."""
 
     path: str = Field(
-        description="Folder (safetensors and tokenizer), hub id, or URI (`s3://bucket/prefix`)."
+        description="Folder (safetensors and tokenizer), hub id, or URI (`s3://bucket/prefix`); of "
+        "engine `api` the endpoint's name of the model."
     )
     revision: str | None = Field(
         None, description="Commit hash of the hub id: 40 hex digits, quoted. None for a folder."
@@ -49,8 +76,9 @@ class ModelSpec(Spec):
     )
     engine: EngineName = Field(
         "transformers",
-        description="What runs the model. None given: the reward's `engine`. `stub` makes numbers "
-        "from hashes, for tests of scale.",
+        description="What runs the model. None given: the reward's `engine`. `classifier`: a "
+        "trained reward model, read with transformers. `api`: an endpoint, for judges. `stub` "
+        "makes numbers from hashes, for tests of scale.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="`auto`: bfloat16 where the device computes it fast, else float32."
@@ -81,6 +109,17 @@ class ModelSpec(Spec):
         ge=1,
         description="GPUs over which the weights are split, vllm only; a task needs as many.",
     )
+    output: str | None = Field(
+        None,
+        description="Which output of a classifier is the reward: a label of its config, or with "
+        "`custom_code` a field of its result (`score`). None: its only one.",
+    )
+    custom_code: bool = Field(
+        False,
+        description="Run the Python code that comes with a classifier, on every node, with all "
+        "rights of the job. Read it before; only for a pinned `revision` or `checksum`.",
+    )
+    api: ApiSpec | None = Field(None, description="The endpoint of engine `api`.")
     extra: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for the engine, passed as they are."
     )
@@ -90,26 +129,36 @@ class ModelSpec(Spec):
         return is_hub_id(self.path)
 
     @model_validator(mode="after")
-    def _only_with_vllm(self) -> Self:
-        if self.engine == "vllm":
-            return self
+    def _engine_has_it(self) -> Self:
         given = {
-            "quantization": self.quantization is not None,
-            "memory_fraction": self.memory_fraction is not None,
-            "tensor_parallel": self.tensor_parallel != 1,
+            "quantization": (self.quantization is not None, "vllm"),
+            "memory_fraction": (self.memory_fraction is not None, "vllm"),
+            "tensor_parallel": (self.tensor_parallel != 1, "vllm"),
+            "output": (self.output is not None, "classifier"),
+            "custom_code": (self.custom_code, "classifier"),
+            "api": (self.api is not None, "api"),
         }
         problems = [
-            f"{key}: only engine 'vllm' has it, got engine '{self.engine}'"
-            for key, is_given in given.items()
-            if is_given
+            f"{key}: only engine '{engine}' has it, got engine '{self.engine}'"
+            for key, (is_given, engine) in given.items()
+            if is_given and self.engine != engine
         ]
+        if self.engine == "api" and self.api is None:
+            problems.append("api: engine 'api' needs it")
+        if self.engine == "classifier" and self.adapter is not None:
+            problems.append("adapter: engine 'classifier' takes none; merge it into the weights")
+        if self.custom_code and self.revision is None and self.checksum is None:
+            problems.append(
+                "custom_code: needs pinned code: the revision of a hub id, or the checksum that "
+                f"this prints: {checksum_command(self.path)} --custom-code"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
-        if self.engine == "stub":
+        if self.engine in ("stub", "api"):
             return self
         problems = []
         for prefix, path, revision, checksum in (
@@ -127,7 +176,7 @@ class ModelSpec(Spec):
             if checksum is None and is_uri(path):
                 problems.append(
                     f"{prefix}checksum: is required for the URI '{path}'; print it with: "
-                    f"{checksum_command(path)}"
+                    f"{checksum_command(path)}{' --custom-code' * self.custom_code}"
                 )
             if is_hub_id(path):
                 if revision is None or not _COMMIT.match(revision):
@@ -153,7 +202,8 @@ class TermSpec(Spec):
     model: str = Field(description="Key in `models`.")
     condition: Condition = Field(
         "conditioned",
-        description="`plain`: log p(y|x); `conditioned`: log p(y|T(x)); `unconditional`: log p(y).",
+        description="`plain`: log p(y|x); `conditioned`: log p(y|T(x)); `unconditional`: log p(y). "
+        "`compared` is that of form `judge`: log-odds that the model names y the better answer.",
     )
     weight: float = Field(description="Factor of the log-prob in the sum; not 0.")
 
@@ -219,6 +269,10 @@ _FORMS: dict[str, tuple[tuple[str, Condition, float], ...]] = {
         ("weak", "conditioned", -1.0),
         ("weak", "unconditional", 1.0),
     ),
+    # A trained reward model: its score is the one term.
+    "classifier": (("classifier", "conditioned", 1.0),),
+    # A model that is shown two answers: the strong one as generative judge, or one behind an API.
+    "judge": (("judge", "compared", 1.0),),
 }
 
 
@@ -231,8 +285,11 @@ class RewardSpec(Spec):
         "transformers", description="Engine of every model that names none itself."
     )
     models: dict[str, ModelSpec] = Field(description="Models by role: strong, weak, router, ...")
-    form: Literal["density_ratio", "prompt_delta", "pmi", "custom"] = Field(
-        "density_ratio", description="Which terms; `custom` takes them from `terms`."
+    form: Literal["density_ratio", "prompt_delta", "pmi", "classifier", "judge", "custom"] = Field(
+        "density_ratio",
+        description="Which terms; `custom` takes them from `terms`. `classifier`: the score of the "
+        "trained reward model `models.classifier`. `judge`: `models.judge` compares every two "
+        "candidates in both orders.",
     )
     terms: tuple[TermSpec, ...] = Field((), description="The terms of a `custom` reward.")
     reduction: Literal["sum", "mean"] = Field(
@@ -283,9 +340,50 @@ class RewardSpec(Spec):
             )
         if self.encoding.template == "strong" and "strong" not in self.models:
             problems.append("encoding.template: 'strong' needs a model 'strong'")
+        problems += self._kind_problems()
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
+
+    @property
+    def is_judge(self) -> bool:
+        """Whether candidates are compared with each other, and none has a reward by itself."""
+        return self.form == "judge"
+
+    @property
+    def is_asked_by_api(self) -> bool:
+        """Whether the reward is a judge behind an API, which gives verdicts and no log-probs."""
+        return self.is_judge and self.models["judge"].engine == "api"
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the reward is a sum over a completion's tokens."""
+        engines = {self.models[term.model].engine for term in self.resolved_terms()}
+        return not self.is_judge and "classifier" not in engines
+
+    def _kind_problems(self) -> list[str]:
+        classifiers = {role for role, model in self.models.items() if model.engine == "classifier"}
+        asked = {term.model for term in self.resolved_terms()}
+        problems = []
+        if self.form == "classifier" and "classifier" in self.models and not classifiers & asked:
+            problems.append("models.classifier.engine: must be 'classifier' for form 'classifier'")
+        if self.reduction == "mean" and asked & classifiers:
+            problems.append("reduction: a classifier's score has no mean per token; set 'sum'")
+        if self.is_judge:
+            if self.reduction == "mean":
+                problems.append("reduction: a judge's letter has no mean per token; set 'sum'")
+            if asked & classifiers:
+                problems.append("models.judge.engine: a classifier cannot judge; name an LLM")
+        elif any(term.condition == "compared" for term in self.resolved_terms()):
+            problems.append("terms: the condition 'compared' is that of form 'judge' alone")
+        problems += [
+            f"models.{role}.engine: 'api' gives no log-probs; only a judge is asked so"
+            for role, model in self.models.items()
+            if model.engine == "api" and not (self.is_judge and role == "judge")
+        ]
+        if self.routing.mode == "adaptive" and self.routing.model in classifiers:
+            problems.append(f"routing.model: '{self.routing.model}' is a classifier; name an LLM")
+        return problems
 
     def resolved_terms(self) -> tuple[TermSpec, ...]:
         """Give the terms of the form, in a fixed order."""
@@ -311,6 +409,12 @@ class RewardSpec(Spec):
                 "(models.strong.tuned_from). Such pairs can be near chance: check the pair on "
                 "labelled pairs before you annotate with it."
             )
+        found += [
+            f"reward '{self.name}': models.{role} runs the Python code that comes with "
+            f"{model.path} ({model.revision or model.checksum}), as custom_code says."
+            for role, model in self.models.items()
+            if model.custom_code
+        ]
         return found
 
 

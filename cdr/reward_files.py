@@ -80,7 +80,7 @@ def write_reward(plan: RewardPlan, folder: Path) -> None:
     text = yaml.safe_dump(_escape(tree), sort_keys=False, allow_unicode=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
     identity = {
-        "reward_key": plan.reward_key,
+        "reward_key": plan.key,
         "package_version": package_version(),
         "parts": list_parts(plan),
     }
@@ -128,7 +128,7 @@ def check_identity(plan: RewardPlan, identity: Identity, where: str) -> None:
     Raises:
         ConfigError: with every part that differs.
     """
-    if plan.reward_key == identity.reward_key:
+    if plan.key == identity.reward_key:
         return
     now, then = list_parts(plan), identity.parts
     problems = [
@@ -156,7 +156,7 @@ def list_parts(plan: RewardPlan) -> dict[str, str]:
     Returns:
         Short texts by the config's names; texts of the pack and templates as hashes.
     """
-    reward = plan.reward
+    reward = plan.spec
     parts = {
         "terms": ", ".join(
             f"{term.weight:+g} {term.model}/{term.condition}" for term in reward.resolved_terms()
@@ -223,7 +223,7 @@ def _pin(plan: RewardPlan) -> RewardSpec:
         )
 
     models = {role: pin(model) for role, model in plan.models.items()}
-    return plan.reward.model_copy(update={"models": models})
+    return plan.spec.model_copy(update={"models": models})
 
 
 def _escape(value: Any) -> Any:
@@ -247,6 +247,10 @@ def _model_parts(model: ResolvedModel) -> dict[str, str]:
     }
     if spec.quantization is not None:
         parts["quantization"] = spec.quantization
+    if spec.output is not None:
+        parts["output"] = spec.output
+    if spec.custom_code:
+        parts["custom_code"] = "allowed"
     if spec.extra:
         parts["extra"] = _as_text(spec.extra)
     return parts

@@ -92,7 +92,7 @@ class RewardModel:
 
     def __init__(self, plan: RewardPlan) -> None:
         self._plan = plan
-        self._terms = plan.reward.resolved_terms()
+        self._terms = plan.spec.resolved_terms()
         self._encoder: PromptEncoder | None = None
         self._router: PromptRouter | None = None
 
@@ -165,7 +165,7 @@ class RewardModel:
         sets: Sequence[tuple[EngineSpec, ...]],
         request_tokens: int,
     ) -> list[Route]:
-        plan, routing = self._plan.route, self._plan.reward.routing
+        plan, routing = self._plan.route, self._plan.spec.routing
         if plan is None:
             fixed = routing.domain if routing.mode == "fixed" else None
             return [Route(p.domain or fixed, None, None, routing.mode, None) for p in prompts]
@@ -254,7 +254,7 @@ class RewardModel:
         sums = {name: answer.logprob_sum or 0.0 for name, answer in found.items()}
         counts = {name: answer.num_tokens for name, answer in found.items()}
         try:
-            reward = reward_value(self._terms, sums, counts, self._plan.reward.reduction)
+            reward = reward_value(self._terms, sums, counts, self._plan.spec.reduction)
         except ValueError:
             return _failure(FailReason.NOT_SCORED.value, domain)
         strong, weak = (

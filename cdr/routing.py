@@ -56,7 +56,7 @@ def plan_routing(prompts: DataFrame, run: Context) -> RoutingWork:
 
     Reads: prompt_hash, prompt.
     """
-    route = run.plan.route
+    route = run.plan.reward.route
     if route is None:
         return RoutingWork(prompts.limit(0), 0, ())
     known = known_routes(route, run.warehouse)
@@ -100,7 +100,7 @@ def route_wave(
         make_route: `udfs.route.make_route`.
         counter: where tasks count what they have done.
     """
-    route, spec = run.plan.route, run.plan.config.run
+    route, spec = run.plan.reward.route, run.plan.config.run
     assert route is not None
     prompts = (
         work.rows.where(wave.holds(F.col("bucket")))
@@ -133,7 +133,7 @@ def give_domains(prompts: DataFrame, work: RoutingWork, run: Context) -> DataFra
         The prompts with domain, domain_source, domain_confidence and route_error (null: routed).
     """
     plan = run.plan
-    if plan.route is None:
+    if plan.reward.route is None:
         routing = plan.config.reward.routing
         domain = {
             "column": F.col("given_domain"),
@@ -147,7 +147,9 @@ def give_domains(prompts: DataFrame, work: RoutingWork, run: Context) -> DataFra
             "route_error": F.lit(None).cast("string"),
         }
         return run.staging.write("routed", prompts.withColumns(given))
-    routed = prompts.join(known_routes(plan.route, run.warehouse), on="prompt_hash", how="left")
+    routed = prompts.join(
+        known_routes(plan.reward.route, run.warehouse), on="prompt_hash", how="left"
+    )
     if not work.waves:
         return run.staging.write(
             "routed", routed.withColumn("route_error", F.lit(None).cast("string"))

@@ -77,7 +77,7 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
         encoded: from `cdr.stages.encode`.
         run: the run.
     """
-    models = F.col("model_key").isin([engine.name for engine in run.plan.engines])
+    models = F.col("model_key").isin([engine.name for engine in run.plan.reward.engines])
     views = encoded.select("prompt_hash", F.explode("views").alias("v")).select(
         "prompt_hash", "v.model_key", "v.prefix_hash", "v.prefix_ids", "v.candidates"
     )
@@ -179,7 +179,7 @@ def plan_waves(work: Work, run: Context) -> list[Wave]:
     Colocated: every wave asks all models. Sequential: all waves of one model, then of the next,
     so that each is loaded once.
     """
-    spec, engines = run.plan.config.run, run.plan.engines
+    spec, engines = run.plan.config.run, run.plan.reward.engines
     sets = [engines] if spec.placement == "colocated" else [(engine,) for engine in engines]
     waves: list[Wave] = []
     for loaded in sets:

@@ -28,6 +28,7 @@ from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.tables import LOGPROBS, Table
 from cdr.tracking import RunTracker, TableVersion, redact
+from cdr.verdicts import count_cost
 from cdr.warehouse import Warehouse
 from cdr.waves import BucketRange, WaveResult
 
@@ -86,12 +87,14 @@ class ScoringRun(JobRun):
     def _begin(self, stack: contextlib.ExitStack) -> RunRecord:
         plan, context = self._plan, self.context
         source, version = plan.config.input, context.input_version
-        keys = {f"cdr.model_key.{role}": model.model_key for role, model in plan.models.items()}
+        keys = {
+            f"cdr.model_key.{role}": model.model_key for role, model in plan.reward.models.items()
+        }
         tags = {
             "cdr.job": self._job,
             "cdr.dataset": plan.dataset,
             "cdr.reward_name": plan.config.reward.name,
-            "cdr.reward_key": plan.reward_key,
+            "cdr.reward_key": plan.reward.key,
             **self._tags,
             **keys,
         }
@@ -110,7 +113,7 @@ class ScoringRun(JobRun):
             job=self._job,
             dataset=plan.dataset,
             reward_name=plan.config.reward.name,
-            reward_key=plan.reward_key,
+            reward_key=plan.reward.key,
             config_hash=content_hash(self._config),
             config=json.dumps(redact(self._config), sort_keys=True),
             input_versions={} if version is None else {self._reads: version},
@@ -152,7 +155,7 @@ class ScoringRun(JobRun):
         by_key = slowest_loads(self.counter.engine_loads())
         return {
             role: by_key[model.model_key]
-            for role, model in self._plan.models.items()
+            for role, model in self._plan.reward.models.items()
             if model.model_key in by_key
         }
 
@@ -166,9 +169,14 @@ class ScoringRun(JobRun):
                 place = self._warehouse.place(table)
                 self._tracker.log_table(TableVersion(table.name, place, written), role="output")
 
+    def _say_cost(self) -> None:
+        """Say what the questions to a judge behind an API took."""
+        if self._plan.reward.spec.is_asked_by_api and (said := count_cost(self.context)):
+            print(said)
+
     def _warn_of_mixed_versions(self) -> None:
         """Say where log-probs of the reward's models were computed by several engine versions."""
-        models = [engine.name for engine in self._plan.engines]
+        models = [engine.name for engine in self._plan.reward.engines]
         rows = self._warehouse.read(LOGPROBS).where(F.col("model_key").isin(models))
         # One row per version.
         versions = sorted(row[0] for row in rows.select("engine_version").distinct().collect())

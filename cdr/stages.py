@@ -22,11 +22,11 @@ from cdr.errors import FailReason
 from cdr.inputs import read_candidates
 from cdr.pairs import select_pairs
 from cdr.plan import AnnotationPlan
-from cdr.reward import logprob_column, reward_column, strong_term, weak_term
 from cdr.sources import reading
 from cdr.staging import Staging
-from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, UNPAIRED
+from cdr.tables import PREFERENCES, REJECTS, REWARDS, UNPAIRED
 from cdr.warehouse import Warehouse
+from cdr.weighing import weigh
 
 MapFunction = Callable[[Iterator[Any]], Iterator[Any]]
 
@@ -65,7 +65,7 @@ def load_candidates(run: Context) -> DataFrame:
     """
     plan = run.plan
     source = plan.config.input.model_copy(update={"version": run.input_version})
-    candidates = read_candidates(run.warehouse.spark, source, domains=plan.given_domains)
+    candidates = read_candidates(run.warehouse.spark, source, domains=plan.reward.given_domains)
     if plan.limit is not None:
         # The prompts whose hashes come first: the same ones every time.
         hashes = candidates.where("prompt_hash IS NOT NULL").select("prompt_hash").distinct()
@@ -105,7 +105,7 @@ def encode(routed: DataFrame, run: Context, function: MapFunction, schema: str) 
     Args:
         routed: from `cdr.routing.give_domains`; prompts without a route are left out.
         run: the run.
-        function: `udfs.encode.make_encode(plan.encoding)`.
+        function: `udfs.encode.make_encode(plan.reward.encoding)`.
         schema: `udfs.encode.ENCODED_DDL`.
     """
     ready = routed.where("route_error IS NULL")
@@ -136,7 +136,6 @@ def reward(
         A read of the rows written.
     """
     plan, warehouse = run.plan, run.warehouse
-    terms = plan.config.reward.resolved_terms()
     rows = candidates.where("reason IS NULL").join(
         routed.select(
             "prompt_id", "domain", "domain_source", "domain_confidence", "route_error"
@@ -149,105 +148,42 @@ def reward(
         "prompt_id", "r.completion_id"
     )
     keyed = ["prompt_id", "completion_id"]
+    weighed = weigh(encoded, failures, plan, warehouse)
+    if plan.config.reward.is_asked_by_api:
+        unjudged = weighed.where("judge_reason IS NOT NULL")
+        run.staging.write("unjudged", unjudged.select(*keyed, "judge_reason"))
     rows = (
         rows.join(drawn, on="prompt_id", how="left")
         .join(refused, on=keyed, how="left_anti")
-        .join(_answers(encoded, failures, plan, warehouse), on=keyed, how="left")
+        .join(weighed, on=keyed, how="left")
+        .where("judge_reason IS NULL")
     )
-    named = {
-        name: F.element_at("answers", f"{model_key}/{condition}")
-        for name, (model_key, condition) in plan.term_views().items()
-    }
-    first = next(iter(named))
-    # A failed candidate has no terms rather than half of them.
-    whole = F.lit(True)
-    for answer in named.values():
-        whole = whole & answer["logprob_sum"].isNotNull()
-    fields = ("model_key", "prefix_hash", "completion_hash", "logprob_sum", "num_tokens")
-    entries = [
-        item
-        for name, answer in named.items()
-        for item in (F.lit(name), F.struct(*[answer[field].alias(field) for field in fields]))
-    ]
-    rows = rows.withColumn("terms", F.when(whole, F.create_map(*entries)))
-    rows = rows.withColumn("reward", reward_column(terms, plan.config.reward.reduction))
-    error = F.coalesce(
-        "route_error",
-        *[answer["error"] for answer in named.values()],
-        F.lit(FailReason.NOT_SCORED.value),
-    )
+    error = F.coalesce("route_error", "error", F.lit(FailReason.NOT_SCORED.value))
     ranked = Window.partitionBy("prompt_id").orderBy(F.desc_nulls_last("reward"))
     ok = F.col("reward").isNotNull()
     final = rows.select(
         F.lit(plan.dataset).alias("dataset"),
-        F.lit(plan.reward_key).alias("reward_key"),
+        F.lit(plan.reward.key).alias("reward_key"),
         "prompt_id", "completion_id",
         F.lit(plan.config.reward.name).alias("reward_name"),
         "prompt_hash", "prompt", "completion", "finish_reason",
         "domain", "domain_source", "domain_confidence",
         "instruction_id", "exemplar_id", "exemplar_dropped",
-        "reward",
-        logprob_column(strong_term(terms)).alias("strong_logprob"),
-        logprob_column(weak_term(terms)).alias("weak_logprob"),
-        F.element_at("terms", first)["num_tokens"].alias("num_tokens"),
+        "reward", "strong_logprob", "weak_logprob", "num_tokens",
         F.when(ok, F.rank().over(ranked)).alias("rank"),
-        F.col("boundary_merged"),
-        "terms", "passthrough",
+        "boundary_merged", "terms", "passthrough",
         F.when(ok, "ok").otherwise("failed").alias("status"),
         F.when(~ok, error).alias("error"),
         F.lit(run.run_id).alias("run_id"),
     )  # fmt: skip
-    warehouse.replace(REWARDS, final, dataset=plan.dataset, reward_key=plan.reward_key)
+    warehouse.replace(REWARDS, final, dataset=plan.dataset, reward_key=plan.reward.key)
     return read_rewards(plan, warehouse)
 
 
 def read_rewards(plan: AnnotationPlan, warehouse: Warehouse) -> DataFrame:
     """Read this dataset's rows of this reward."""
     return warehouse.read(REWARDS).where(
-        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward_key)
-    )
-
-
-def _answers(
-    encoded: DataFrame, failures: DataFrame | None, plan: AnnotationPlan, warehouse: Warehouse
-) -> DataFrame:
-    """Join every encoded candidate with its log-probs, as a map by `model_key/condition`."""
-    views = encoded.select("prompt_id", F.explode("views").alias("v")).select(
-        "prompt_id",
-        F.col("v.model_key").alias("model_key"),
-        F.col("v.condition").alias("condition"),
-        F.col("v.prefix_hash").alias("prefix_hash"),
-        F.explode("v.candidates").alias("c"),
-    )
-    asked = views.select(
-        "prompt_id", "model_key", "condition", "prefix_hash",
-        "c.completion_id", "c.completion_hash", "c.boundary_merged",
-    )  # fmt: skip
-    key = list(LOGPROBS.key)
-    keys = [engine.name for engine in plan.engines]
-    logprobs = (
-        warehouse.read(LOGPROBS)
-        .where(F.col("model_key").isin(keys))
-        .groupBy(*key)
-        # Two runs at once may both have written a key; any one of the rows is right.
-        .agg(
-            F.min_by("logprob_sum", "run_id").alias("logprob_sum"),
-            F.min_by("num_tokens", "run_id").alias("num_tokens"),
-        )
-    )
-    joined = asked.join(logprobs, on=key, how="left")
-    if failures is None:
-        joined = joined.withColumn("error", F.lit(None).cast("string"))
-    else:
-        joined = joined.join(failures.select(*key, "error"), on=key, how="left")
-    answer = F.struct(
-        "model_key", "prefix_hash", "completion_hash", "logprob_sum", "num_tokens", "error"
-    )
-    return joined.groupBy("prompt_id", "completion_id").agg(
-        F.map_from_entries(
-            F.collect_list(F.struct(F.concat_ws("/", "model_key", "condition"), answer))
-        ).alias("answers"),
-        F.max("boundary_merged").alias("boundary_merged"),
+        (F.col("dataset") == plan.dataset) & (F.col("reward_key") == plan.reward.key)
     )
 
 
@@ -263,10 +199,18 @@ def reject(candidates: DataFrame, encoded: DataFrame, run: Context) -> DataFrame
         .join(refused, on=["prompt_id", "completion_id"], how="inner")
         .withColumn("stage", F.lit("encode"))
     )
-    rows = (
-        validated.unionByName(at_encoding)
-        .withColumn("dataset", F.lit(run.plan.dataset))
-        .withColumn("run_id", F.lit(run.run_id))
+    refusals = validated.unionByName(at_encoding)
+    if run.plan.config.reward.is_asked_by_api:
+        unjudged = run.staging.read("unjudged").withColumnRenamed("judge_reason", "reason")
+        refusals = refusals.unionByName(
+            candidates.where("reason IS NULL")
+            .drop("reason", "detail")
+            .join(unjudged, on=["prompt_id", "completion_id"], how="inner")
+            .withColumn("detail", F.lit("a question about it has no verdict; see verdicts"))
+            .withColumn("stage", F.lit("judge"))
+        )
+    rows = refusals.withColumn("dataset", F.lit(run.plan.dataset)).withColumn(
+        "run_id", F.lit(run.run_id)
     )
     run.warehouse.replace(REJECTS, rows, dataset=run.plan.dataset)
     return run.warehouse.read(REJECTS).where(F.col("dataset") == run.plan.dataset)
@@ -283,7 +227,7 @@ def pair(
     plan, warehouse = run.plan, run.warehouse
     selection = {
         "dataset": plan.dataset,
-        "reward_key": plan.reward_key,
+        "reward_key": plan.reward.key,
         "selection_key": plan.selection_key,
     }
     stamps = {name: F.lit(value) for name, value in {**selection, "run_id": run.run_id}.items()}
@@ -305,7 +249,7 @@ def pair(
             table,
             rows,
             dataset=plan.dataset,
-            reward_key=plan.reward_key,
+            reward_key=plan.reward.key,
             selection_key=plan.selection_key,
         )
     ours = reduce(operator.and_, (F.col(name) == value for name, value in selection.items()))

@@ -90,11 +90,33 @@ LOGPROBS = Table(
         ),
         ("prefix_hash", "binary", "First 16 bytes of the sha256 of the prefix's int32 token ids"),
         ("completion_hash", "binary", "The same of the completion's token ids"),
-        ("logprob_sum", "double", "Sum of the completion's token log-probs, nats"),
+        (
+            "logprob_sum",
+            "double",
+            "Sum of the completion's token log-probs, nats; of a classifier, its score",
+        ),
         ("num_tokens", "int", "Tokens of the completion, end-of-turn token included"),
         ("num_prefix_tokens", "int", "Tokens of the prefix"),
         ("token_logprobs", "array<float>", "Log-prob per token, nats; null unless asked for"),
         ("engine_version", "string", "Versions of the engine's packages"),
+        ("run_id", "string", "Run that wrote the row"),
+    ),
+    ("model_key",),
+)
+
+VERDICTS = Table(
+    "verdicts",
+    "judge behind an API × question; only questions with an answer, appended once, never changed",
+    ("model_key", "prefix_hash"),
+    (
+        ("model_key", "string", "Hash of endpoint, model's name and what is asked for"),
+        ("prefix_hash", "binary", "First 16 bytes of the sha256 of the question's messages"),
+        ("verdict", "string", "A or B, the place of the better answer; null: neither"),
+        ("reason", "string", "judge_refused or judge_unclear; null: there is a verdict"),
+        ("prompt_tokens", "int", "Tokens read, as the endpoint counts them; null: not told"),
+        ("answer_tokens", "int", "Tokens written, likewise"),
+        ("cost_usd", "double", "Price of both by the config's prices; null: not known"),
+        ("answered_by", "string", "What the endpoint calls the model that answered"),
         ("run_id", "string", "Run that wrote the row"),
     ),
     ("model_key",),
@@ -120,17 +142,22 @@ REWARDS = Table(
         ("instruction_id", "string", "Instruction drawn from the pack; null: prompt untouched"),
         ("exemplar_id", "string", "Exemplar drawn from the pack; null: none"),
         ("exemplar_dropped", "boolean", "The exemplar was left out because the prompt was long"),
-        ("reward", "double", "Weighted sum of the terms, nats; null unless status is ok"),
-        ("strong_logprob", "double", "First positive term's log-prob sum, nats"),
+        (
+            "reward",
+            "double",
+            "Weighted sum of the terms, nats; a judge's: see `cdr.judge`; null unless status is ok",
+        ),
+        ("strong_logprob", "double", "First positive term's log-prob sum, nats; null: a judge"),
         ("weak_logprob", "double", "First negative term's log-prob sum, nats; null: none"),
-        ("num_tokens", "int", "Completion tokens of the first term's model"),
+        ("num_tokens", "int", "Completion tokens of the first term's model, or of the judge"),
         ("rank", "int", "1 for the prompt's highest reward; ties share a rank; null: no reward"),
         ("boundary_merged", "boolean", "The tokenizer would merge text across the boundary"),
         (
             "terms",
             "map<string, struct<model_key: string, prefix_hash: binary, completion_hash: binary, "
             "logprob_sum: double, num_tokens: int>>",
-            "Every term by `model/condition`, with the key of its row in logprobs",
+            "Every term by `model/condition`, with the key of its row in logprobs; of a judge, the "
+            "completion's letter by `model/compared/prefix_hash`, one per question",
         ),
         ("passthrough", "string", "The input's other columns as JSON; null: none"),
         ("status", "string", "ok, or failed (tried again by the next run)"),
@@ -214,7 +241,7 @@ REJECTS = Table(
             "sha256 hex of the completion_id, where given, and `row`; `-2`, `-3`, … behind it for "
             "equal rows",
         ),
-        ("stage", "string", "validate or encode"),
+        ("stage", "string", "validate, encode or judge"),
         ("reason", "string", "One of the enumerated reasons"),
         ("detail", "string", "What exactly, without the text itself"),
         ("prompt_id", "string", "The prompt's id; null when there is none"),
@@ -326,8 +353,8 @@ BENCHMARK_RESULTS = Table(
 )
 
 TABLES: tuple[Table, ...] = (
-    COMPLETIONS, ROUTES, LOGPROBS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS, BENCHMARK_PAIRS,
-    BENCHMARK_RESULTS,
+    COMPLETIONS, ROUTES, LOGPROBS, VERDICTS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS,
+    BENCHMARK_PAIRS, BENCHMARK_RESULTS,
 )  # fmt: skip
 
 

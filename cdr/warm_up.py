@@ -91,7 +91,7 @@ class WarmUpReport:
 def plan_sources(plan: AnnotationPlan) -> dict[Source, str]:
     """Give what a plan's models have to fetch, each once, with the roles that need it."""
     roles: dict[Source, list[str]] = {}
-    for role, model in plan.models.items():
+    for role, model in plan.reward.models.items():
         for source in list_sources(model.engine_spec):
             roles.setdefault(source, []).append(f"{role}{' adapter' * source.is_adapter}")
     return {source: ", ".join(names) for source, names in roles.items()}
@@ -99,12 +99,16 @@ def plan_sources(plan: AnnotationPlan) -> dict[Source, str]:
 
 def plan_engine_sets(plan: AnnotationPlan) -> list[dict[str, EngineSpec]]:
     """Give the sets of engines that a run loads, in its order, by role."""
-    sets = [{plan.config.reward.routing.model: plan.route.engine}] if plan.route else []
-    engines = {engine.name: engine for engine in plan.engines}
+    sets = (
+        [{plan.config.reward.routing.model: plan.reward.route.engine}] if plan.reward.route else []
+    )
+    engines = {engine.name: engine for engine in plan.reward.engines}
     scoring = {
-        term.model: engines[plan.models[term.model].model_key]
+        term.model: engines[plan.reward.models[term.model].model_key]
         for term in plan.config.reward.resolved_terms()
     }
+    if plan.config.reward.is_asked_by_api:
+        return sets
     if plan.config.run.placement == "sequential":
         return sets + [{role: engine} for role, engine in scoring.items()]
     return [*sets, scoring]

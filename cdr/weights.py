@@ -53,7 +53,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe")
 """Config, tokenizer and chat template."""
 TAKEN_FILES = ("*.safetensors", *SMALL_FILES)
-"""All that is ever fetched."""
+"""All that is ever fetched of a model without code of its own."""
+CODE_FILES = ("*.py",)
+"""Code that comes with a model; fetched, and part of its checksum, only where it is to be run."""
 
 _UNSAFE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _NOTED_BYTES = 64 << 20
@@ -71,12 +73,14 @@ class Source:
         revision: commit hash of a hub id; None for all others.
         checksum: content hash the files must have (`hash_files`); None where it is not known.
         is_adapter: they are a LoRA adapter's.
+        has_code: the model's own Python code belongs to them.
     """
 
     path: str
     revision: str | None = None
     checksum: str | None = None
     is_adapter: bool = False
+    has_code: bool = False
 
     def __str__(self) -> str:
         return self.path if self.revision is None else f"{self.path}@{self.revision[:12]}"
@@ -84,7 +88,14 @@ class Source:
     @property
     def decisive_files(self) -> tuple[str, ...]:
         """Patterns of the files that the checksum is about."""
-        return ADAPTER_FILES if self.is_adapter else WEIGHT_FILES
+        if self.is_adapter:
+            return ADAPTER_FILES
+        return WEIGHT_FILES + CODE_FILES * self.has_code
+
+    @property
+    def taken_files(self) -> tuple[str, ...]:
+        """Patterns of all files that are fetched."""
+        return TAKEN_FILES + CODE_FILES * self.has_code
 
 
 @dataclass(frozen=True)
@@ -119,10 +130,10 @@ def is_copied(path: str) -> bool:
 
 
 def list_sources(spec: EngineSpec) -> list[Source]:
-    """Give the sources of an engine's files: the model, then its adapter; none for a stub."""
-    if spec.engine == "stub":
+    """Give the sources of an engine's files: the model, then its adapter; none without weights."""
+    if spec.engine in ("stub", "api"):
         return []
-    sources = [Source(spec.path, spec.revision, spec.checksum)]
+    sources = [Source(spec.path, spec.revision, spec.checksum, has_code=spec.custom_code)]
     if spec.adapter_path is not None:
         sources.append(
             Source(spec.adapter_path, spec.adapter_revision, spec.adapter_checksum, is_adapter=True)
@@ -165,7 +176,7 @@ def fetch(source: Source, *, verify: bool = False) -> Fetched:
     begin = time.monotonic()
     is_verified = False
     if source.revision is not None:
-        folder, bytes_copied = _fetch_snapshot(source, TAKEN_FILES)
+        folder, bytes_copied = _fetch_snapshot(source, source.taken_files)
         require_safetensors(list_names(str(folder)), source)
         verify = verify or bytes_copied > 0
     elif is_copied(source.path):
@@ -242,7 +253,7 @@ def _fetch_copy(source: Source) -> tuple[Path, int]:
             return target, 0
         remote = RemoteFolder.open(source.path)
         require_safetensors(remote.sizes, source)
-        names = _matching(remote.sizes, TAKEN_FILES)
+        names = _matching(remote.sizes, source.taken_files)
         return target, copy_folder(remote, names, target, partial(check_content, source))
 
 
@@ -386,6 +397,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checksum = commands.add_parser("checksum", help="print what a config's checksum has to say")
     checksum.add_argument("path", help="folder, URI or hub id of a model or a LoRA adapter")
     checksum.add_argument("--revision", help="commit hash of the hub id")
+    checksum.add_argument(
+        "--custom-code", action="store_true", help="with the model's own code, for custom_code"
+    )
     fetching = commands.add_parser("fetch", help="fetch to this node: what jobs/warm_up.py runs")
     fetching.add_argument("source", type=json.loads, help="JSON of a Source")
     args = parser.parse_args(arguments)
@@ -394,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "fetch":
             print(json.dumps(asdict(fetch(Source(**args.source), verify=True))))
         else:
-            print("\n".join(_checksum_lines(args.path, args.revision)))
+            print("\n".join(_checksum_lines(args.path, args.revision, args.custom_code)))
     except CdrError as error:
         if args.command == "fetch":
             print(json.dumps({"error": str(error)}))
@@ -404,13 +418,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _checksum_lines(path: str, revision: str | None) -> Iterator[str]:
+def _checksum_lines(path: str, revision: str | None, has_code: bool) -> Iterator[str]:
     """Give lines for a config, by what there is: a model, an adapter, or both in one folder."""
     folder = path if revision is None else str(fetch_small_files(path, revision))
     names = list_names(folder)
     is_adapter = "adapter_config.json" in names
     if "config.json" in names or not is_adapter:
-        yield f'checksum: "{hash_source(Source(path, revision))}"'
+        yield f'checksum: "{hash_source(Source(path, revision, has_code=has_code))}"'
     if is_adapter:
         yield f'adapter_checksum: "{hash_source(Source(path, revision, is_adapter=True))}"'
 

@@ -22,10 +22,10 @@ from dataclasses import replace
 from cdr.cli import FAILED, OK, STOPPED, end, make_wave_parser, overrides, run_job
 from cdr.comparison import load_judged
 from cdr.evaluation import Evaluated, EvaluationRun, compare_rewards, summarize_rows
-from cdr.evaluation_config import load_evaluate_config
 from cdr.evaluation_plan import EvaluationPlan, dataset_name, make_sample, plan_evaluation
 from cdr.labelled_pairs import judge_pairs, load_pairs, split_pairs
 from cdr.placement import place
+from cdr.registry import load_evaluation
 from cdr.scoring_run import make_context
 from cdr.session import get_session
 from cdr.warehouse import Warehouse
@@ -40,6 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         limit="pairs here; results go to the benchmark NAME.limit-N",
         epilog="examples of --set:\n"
         "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
+        "  --set reward=models:/mistral-dpo-over-sft@champion    a registered one\n"
         "  --set reward.routing.mode=column                      the true domains, no router\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
         "  --set quick.pairs=400 --set statistics.seed=1\n"
@@ -47,6 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="about 200 pairs, equal shares of the sections")
+    add("--rows", nargs="+", metavar="ROW", help="only these rows of the config")
     audit = "evaluate each reward with a router also with the true domains, and compare"
     add("--audit-router", action="store_true", help=audit)
     compare = "compare two rewards by the pairs stored by earlier runs; score nothing"
@@ -58,10 +60,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
-    config = load_evaluate_config(args.config, overrides(args))
+    config, version = load_evaluation(args.config, overrides(args))
+    config = config.keep_rows(args.rows) if args.rows else config
     sample = make_sample(config, limit=args.limit, quick=args.quick)
     plans = [] if args.compare else plan_evaluation(
-        config, sample=sample, with_oracle=args.audit_router
+        config, sample=sample, with_oracle=args.audit_router, reward_version=version
     )  # fmt: skip
     rewards = (plan.annotation.config.reward for plan in plans)
     for warning in dict.fromkeys(text for reward in rewards for text in reward.warnings()):

@@ -14,6 +14,8 @@ from cdr.routing import give_domains, plan_routing, route_wave
 from cdr.scoring import Work, plan_waves, plan_work, score_wave
 from cdr.scoring_run import ScoringRun
 from cdr.stages import Context, encode, group_prompts, reject, reward
+from cdr.verdicts import ask_wave, plan_question_waves, plan_questions
+from udfs.ask import make_ask
 from udfs.encode import ENCODED_DDL, make_encode
 from udfs.route import make_route
 from udfs.score import make_score
@@ -35,10 +37,15 @@ def score_candidates(candidates: DataFrame, run: ScoringRun) -> Scored:
     for buckets in run.routing_waves(routing):
         run.routed(route_wave(buckets, routing, context, make_route, run.counter))
     routed = give_domains(prompts, routing, context)
-    encoded = encode(routed, context, make_encode(context.plan.encoding), ENCODED_DDL)
-    work = plan_work(encoded, context)
-    for wave in run.scoring_waves(plan_waves(work, context), work):
-        run.scored(score_wave(wave, work, context, make_score, run.counter))
+    encoded = encode(routed, context, make_encode(context.plan.reward.encoding), ENCODED_DDL)
+    if context.plan.reward.spec.is_asked_by_api:
+        work = plan_questions(encoded, context)
+        for wave in run.scoring_waves(plan_question_waves(work, context), work):
+            run.scored(ask_wave(wave, work, context, make_ask, run.counter))
+    else:
+        work = plan_work(encoded, context)
+        for wave in run.scoring_waves(plan_waves(work, context), work):
+            run.scored(score_wave(wave, work, context, make_score, run.counter))
     rewards = reward(candidates, routed, encoded, run.failures(), context)
     return Scored(rewards, reject(candidates, encoded, context), work)
 
@@ -46,5 +53,7 @@ def score_candidates(candidates: DataFrame, run: ScoringRun) -> Scored:
 def forecast_candidates(candidates: DataFrame, context: Context) -> str:
     """Say what scoring the candidates would take."""
     routed = assume_routes(group_prompts(candidates), context)
-    encoded = encode(routed, context, make_encode(context.plan.encoding), ENCODED_DDL)
-    return forecast(candidates, routed, plan_work(encoded, context), context)
+    encoded = encode(routed, context, make_encode(context.plan.reward.encoding), ENCODED_DDL)
+    is_api = context.plan.reward.spec.is_asked_by_api
+    work = plan_questions(encoded, context) if is_api else plan_work(encoded, context)
+    return forecast(candidates, routed, work, context)

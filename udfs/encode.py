@@ -7,19 +7,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from cdr.encoding import Candidate, EncodingPlan, PromptEncoder, ids_hash
+from cdr.encoding import Candidate, EncodingPlan, ids_hash
+from cdr.judge_encoding import Encoder, make_encoder
 
 ENCODED_DDL = (
     "prompt_id string, prompt_hash string, instruction_id string, exemplar_id string, "
     "exemplar_dropped boolean, "
     "views array<struct<model_key: string, condition: string, prefix_hash: binary, "
-    "prefix_ids: array<int>, candidates: array<struct<completion_id: string, "
-    "completion_hash: binary, ids: array<int>, boundary_merged: boolean>>>>, "
+    "prefix_ids: array<int>, question: string, candidates: array<struct<completion_id: string, "
+    "completion_hash: binary, ids: array<int>, boundary_merged: boolean, num_tokens: int>>>>, "
     "rejected array<struct<completion_id: string, reason: string, detail: string>>"
 )
 """Schema of what `make_encode` yields."""
 
 _CHUNK_ROWS = 64
+_CHUNK_VIEWS = 1024
 
 _CANDIDATE = pa.struct(
     [
@@ -27,6 +29,7 @@ _CANDIDATE = pa.struct(
         ("completion_hash", pa.binary()),
         ("ids", pa.list_(pa.int32())),
         ("boundary_merged", pa.bool_()),
+        ("num_tokens", pa.int32()),
     ]
 )
 _SCHEMA = pa.schema(
@@ -45,6 +48,7 @@ _SCHEMA = pa.schema(
                         ("condition", pa.string()),
                         ("prefix_hash", pa.binary()),
                         ("prefix_ids", pa.list_(pa.int32())),
+                        ("question", pa.string()),
                         ("candidates", pa.list_(_CANDIDATE)),
                     ]
                 )
@@ -81,22 +85,29 @@ def make_encode(
     """
 
     def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        encoder: PromptEncoder | None = None
+        encoder: Encoder | None = None
         for batch in batches:
             # Loaded with the first batch: an empty partition loads no tokenizer.
-            encoder = encoder or PromptEncoder(plan)
+            encoder = encoder or make_encoder(plan)
             # A batch of Spark's may hold thousands of prompts; as Python objects they would take
             # many times the memory.
             for start in range(0, batch.num_rows, _CHUNK_ROWS):
-                rows = [
-                    _encode_row(encoder, row) for row in batch.slice(start, _CHUNK_ROWS).to_pylist()
-                ]
-                yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+                rows: list[dict[str, Any]] = []
+                views = 0
+                for row in batch.slice(start, _CHUNK_ROWS).to_pylist():
+                    rows.append(_encode_row(encoder, row))
+                    # A judge's prompt has a view for every two candidates.
+                    views += len(rows[-1]["views"])
+                    if views >= _CHUNK_VIEWS:
+                        yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
+                        rows, views = [], 0
+                if rows:
+                    yield pa.RecordBatch.from_pylist(rows, schema=_SCHEMA)
 
     return encode
 
 
-def _encode_row(encoder: PromptEncoder, row: dict[str, Any]) -> dict[str, object]:
+def _encode_row(encoder: Encoder, row: dict[str, Any]) -> dict[str, Any]:
     encoded = encoder.encode(
         row["prompt"],
         row["prompt_hash"],
@@ -113,14 +124,16 @@ def _encode_row(encoder: PromptEncoder, row: dict[str, Any]) -> dict[str, object
             {
                 "model_key": view.model_key,
                 "condition": view.condition,
-                "prefix_hash": ids_hash(view.prefix_ids),
+                "prefix_hash": view.prefix_hash,
                 "prefix_ids": view.prefix_ids,
+                "question": view.question,
                 "candidates": [
                     {
                         "completion_id": candidate.completion_id,
                         "completion_hash": ids_hash(candidate.ids),
                         "ids": candidate.ids,
                         "boundary_merged": candidate.boundary_merged,
+                        "num_tokens": candidate.num_tokens,
                     }
                     for candidate in view.candidates
                 ],

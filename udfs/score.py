@@ -33,6 +33,8 @@ def make_score(
         models of a prompt in turn, so that a request keeps all of them busy. It yields
         `cdr.scoring.SCORED_DDL` rows, one per completion, failed ones with their error.
     """
+    # Their one number is of the whole completion.
+    classifiers = {spec.name for spec in specs if spec.engine == "classifier"}
 
     def score(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         first = next(frames, None)
@@ -53,7 +55,12 @@ def make_score(
                             row
                             for key, questions in request.items()
                             for question, outcomes in zip(questions, answers[key], strict=True)
-                            for row in _rows(question, outcomes, versions[key], run)
+                            for row in _rows(
+                                question,
+                                outcomes,
+                                versions[key],
+                                keeps_tokens=run.store_token_logprobs and key not in classifiers,
+                            )
                         ]
                     )
 
@@ -75,7 +82,11 @@ def _questions(frame: pd.DataFrame) -> Iterator[Question]:
 
 
 def _rows(
-    question: Question, outcomes: Sequence[Outcome[TokenLogprobs]], version: str, run: RunSpec
+    question: Question,
+    outcomes: Sequence[Outcome[TokenLogprobs]],
+    version: str,
+    *,
+    keeps_tokens: bool,
 ) -> Iterator[dict[str, Any]]:
     for completion_hash, ids, outcome in zip(
         question.completion_hashes, question.group.completions_ids, outcomes, strict=True
@@ -88,7 +99,7 @@ def _rows(
             "logprob_sum": None if logprobs is None else sum_logprobs(logprobs),
             "num_tokens": len(ids),
             "num_prefix_tokens": len(question.group.prefix_ids),
-            "token_logprobs": logprobs if run.store_token_logprobs else None,
+            "token_logprobs": logprobs if keeps_tokens else None,
             "engine_version": version,
             "error": describe_error(outcome),
         }

@@ -68,7 +68,7 @@ class EngineSpec:
 
     Args:
         name: what requests call it; the model's `model_key`.
-        engine: `transformers`, `vllm` or `stub`.
+        engine: `transformers`, `vllm`, `classifier` or `stub`.
         path: folder of weights and tokenizer, hub id or URI; engines themselves get a folder of
             this node (`cdr.weights.make_local`).
         revision: commit hash of the hub id; None for all others.
@@ -88,6 +88,9 @@ class EngineSpec:
         max_adapter_rank: largest LoRA rank that engines on these weights may have, so that they
             can share them (vLLM); 0 where only this engine's own adapter counts.
         adapter_modules: names of the modules that such adapters change, sorted, with commas.
+        output: which output of a classifier is its score: a label, or with custom code a field of
+            the result; empty for the only one.
+        custom_code: whether the model's own Python code is run (classifier).
     """
 
     name: str
@@ -108,6 +111,8 @@ class EngineSpec:
     adapter_checksum: str | None = None
     max_adapter_rank: int = 0
     adapter_modules: str = ""
+    output: str = ""
+    custom_code: bool = False
 
     def weights(self) -> EngineSpec:
         """Give what engines have in common that differ by their adapter only."""
@@ -137,7 +142,8 @@ class LogprobEngine(Protocol):
                 any order is right.
 
         Returns:
-            One list per group, one float32 array per completion, in the given order.
+            One list per group, one float32 array per completion, in the given order: a log-prob
+            per token; of a classifier the score of the whole, shape [1].
 
         Raises:
             EngineDied: a process of the engine's own ended; this engine can only be closed.
@@ -175,7 +181,13 @@ def make_engine(spec: EngineSpec, num_threads: int | None = None) -> LogprobEngi
         from cdr.engines.vllm import VllmEngine
 
         return VllmEngine(spec, num_threads=num_threads)
-    raise ModelError(f"engine must be 'transformers', 'vllm' or 'stub', got {spec.engine!r}")
+    if spec.engine == "classifier":
+        from cdr.engines.classifier import ClassifierEngine
+
+        return ClassifierEngine(spec, num_threads=num_threads)
+    raise ModelError(
+        f"engine must be 'transformers', 'vllm', 'classifier' or 'stub', got {spec.engine!r}"
+    )
 
 
 def check_length(spec: EngineSpec, num_prefix_tokens: int, num_new_tokens: int) -> None:

@@ -1,8 +1,9 @@
-"""A causal language model of the transformers library, reduced to what engines ask of it.
+"""A causal model of the transformers library, reduced to what engines ask of it.
 
-`CausalLm` loads weights (and a LoRA adapter), and hides what differs between architectures: how
-masks are passed, sliding windows, the cache classes, and what happens to logits after the head.
-Anything it cannot reproduce is refused when it loads, never scored wrongly.
+`Decoder` hides what differs between architectures: how masks are passed, sliding windows and the
+cache classes. `CausalLm` loads weights (and a LoRA adapter) and adds the LM head, with what happens
+to logits after it. Anything that cannot be reproduced is refused when it loads, never scored
+wrongly.
 
 Out of scope: quantised weights, and one model spread over several devices.
 """
@@ -31,40 +32,30 @@ _ROWS_PER_BLOCK = {"cpu": 128}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
-class CausalLm:
-    """Decoder and LM head, loaded as a spec says.
+class Decoder:
+    """The layers of a loaded model below its head.
 
     Args:
-        spec: what to load.
-        device: where to put it.
+        model: a model of transformers, in evaluation mode.
+        spec: what it was loaded by.
+        device: where it is.
 
     Attributes:
-        vocab_size: ids that have both an embedding and a logit.
+        vocab_size: ids that the model knows.
 
     Raises:
-        ModelError: weights are missing or not safetensors, or spec or architecture ask for
-            something that is not supported.
+        ModelError: spec or architecture ask for something that is not supported.
     """
 
-    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
-        self._check_spec(spec)
-        self._device = device
-        self._model = _load(spec, device)
-        self._decoder = self._model.base_model
-        self._head = self._model.get_output_embeddings()
-        self._head_dtype: torch.dtype = getattr(torch, spec.head_dtype)
-        self.vocab_size: int = min(
-            len(self._head.weight), self._model.get_input_embeddings().num_embeddings
-        )
-        config = self._model.config
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma
-        self._scale: float = getattr(config, "logit_scale", None) or 1.0  # Cohere
-        self._scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-        self._layer_types = _resolve_layer_types(config, spec)
+    def __init__(self, model: Any, spec: EngineSpec, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._decoder = model.base_model
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self._layer_types = _resolve_layer_types(model.config, spec)
         self._rows_per_block = _ROWS_PER_BLOCK.get(device.type)
-        if self._rows_per_block and config._attn_implementation == "sdpa":
-            self._model.set_attn_implementation(block_attention.NAME)
-        self._window: int = getattr(config, "sliding_window", None) or 0
+        if self._rows_per_block and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(block_attention.NAME)
+        self._window: int = getattr(model.config, "sliding_window", None) or 0
 
     def read(
         self,
@@ -115,6 +106,33 @@ class CausalLm:
             return block_attention.make_block_mask(visible[0], self._rows_per_block, dtype)
         return visible[:, None]
 
+
+class CausalLm(Decoder):
+    """Decoder and LM head, loaded as a spec says.
+
+    Args:
+        spec: what to load.
+        device: where to put it.
+
+    Attributes:
+        vocab_size: ids that have both an embedding and a logit.
+
+    Raises:
+        ModelError: weights are missing or not safetensors, or spec or architecture ask for
+            something that is not supported.
+    """
+
+    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
+        check_spec(spec)
+        super().__init__(load_model(AutoModelForCausalLM, spec, device), spec, device)
+        self._head = self._model.get_output_embeddings()
+        self._head_dtype: torch.dtype = getattr(torch, spec.head_dtype)
+        self.vocab_size = min(len(self._head.weight), self.vocab_size)
+        config = self._model.config
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma
+        self._scale: float = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        self._scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+
     def compute_logits(
         self, states: torch.Tensor, first: int = 0, last: int | None = None
     ) -> torch.Tensor:
@@ -153,26 +171,40 @@ class CausalLm:
         result: torch.Tensor = logprobs.gather(-1, token_ids[1:, None])[:, 0]
         return result
 
-    @staticmethod
-    def _check_spec(spec: EngineSpec) -> None:
-        problem = None
-        if spec.dtype not in DTYPES:
-            problem = f"dtype must be one of {', '.join(DTYPES)}, got {spec.dtype!r}"
-        elif spec.head_dtype not in DTYPES:
-            problem = f"head_dtype must be one of {', '.join(DTYPES)}, got {spec.head_dtype!r}"
-        elif json.loads(spec.extra):
-            problem = f"the transformers engine takes no extra arguments, got {spec.extra}"
-        if problem:
-            raise ModelError(problem, where=f"engine {spec.name}")
+
+def check_spec(spec: EngineSpec) -> None:
+    """Refuse a spec that asks for what engines of this library have not.
+
+    Raises:
+        ModelError: says what.
+    """
+    problem = None
+    if spec.dtype not in DTYPES:
+        problem = f"dtype must be one of {', '.join(DTYPES)}, got {spec.dtype!r}"
+    elif spec.head_dtype not in DTYPES:
+        problem = f"head_dtype must be one of {', '.join(DTYPES)}, got {spec.head_dtype!r}"
+    elif json.loads(spec.extra):
+        problem = f"the {spec.engine} engine takes no extra arguments, got {spec.extra}"
+    if problem:
+        raise ModelError(problem, where=f"engine {spec.name}")
 
 
-def _load(spec: EngineSpec, device: torch.device) -> Any:
-    """Load weights in the spec's dtype; with an adapter, merged in float32 before the cast."""
-    source = {"revision": spec.revision, "trust_remote_code": False}
+def load_model(kind: Any, spec: EngineSpec, device: torch.device) -> Any:
+    """Load weights in the spec's dtype; with an adapter, merged in float32 before the cast.
+
+    Args:
+        kind: one of transformers' auto classes.
+        spec: what to load.
+        device: where to put it.
+
+    Raises:
+        ModelError: weights are missing or not safetensors, or parts of the model are not in them.
+    """
+    source = {"revision": spec.revision, "trust_remote_code": spec.custom_code}
     dtype: torch.dtype = getattr(torch, spec.dtype)
     try:
         config = AutoConfig.from_pretrained(spec.path, **source)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = kind.from_pretrained(
             spec.path,
             **source,
             config=config,
@@ -183,14 +215,24 @@ def _load(spec: EngineSpec, device: torch.device) -> Any:
             else "sdpa",
             dtype=torch.float32 if spec.adapter_path else dtype,
             device_map={"": "cpu" if spec.adapter_path else device},
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"cannot load the model: {error}",
             where=f"engine {spec.name} ({spec.path})",
             fix="path must be a folder or hub id with a config.json that transformers knows "
             "and weights as safetensors",
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise ModelError(
+            f"the weights lack {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
+            where=f"engine {spec.name} ({spec.path})",
+            fix="name a model that was saved with this head"
+            if spec.engine == "classifier"
+            else "name a complete model",
+        )
     if spec.adapter_path:
         model = _merge_adapter(model, Path(spec.adapter_path))
         # Parameters only: `model.to(dtype)` would round the float32 RoPE frequencies too.

@@ -286,14 +286,15 @@ class EngineHost:
 
 
 def score(engine: LogprobEngine, groups: list[ScoringGroup]) -> list[list[Outcome[TokenLogprobs]]]:
-    """Score, and take nothing but one finite number per token for a log-prob.
+    """Score, and take nothing but finite numbers: one per token, or per completion of a classifier.
 
     Raises:
-        ValueError: the engine gave another number of log-probs than there are tokens.
+        ValueError: the engine gave another number of them.
     """
+    is_classifier = engine.spec.engine == "classifier"
     return [
         [
-            check_logprobs(ids, logprobs)
+            check_logprobs(ids[:1] if is_classifier else ids, logprobs)
             for ids, logprobs in zip(group.completions_ids, scored, strict=True)
         ]
         for group, scored in zip(groups, engine.score(groups), strict=True)

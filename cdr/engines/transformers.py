@@ -21,13 +21,10 @@ measurements and for what else was tried.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 
@@ -38,16 +35,13 @@ from cdr.engines.base import (
     ScoringGroup,
     TokenLogprobs,
     check_length,
-    check_token_ids,
 )
 from cdr.engines.causal_lm import CausalLm, KeysValues
 from cdr.engines.hardware import count_cores
 from cdr.engines.prefix_tree import Ints, PrefixTree, build_prefix_tree
-from cdr.errors import EngineError, ModelError
+from cdr.engines.tree_reader import TreeReader
+from cdr.errors import ModelError
 
-# Rows per forward: enough to fill the matmuls, few enough that masked-out attention stays small.
-_MAX_ROWS = {"cpu": 512, "cuda": 2048}
-_MIN_ROWS = 16
 # Logits held at once while the head scores: 4 MiB in float32, which stay in a CPU's cache from the
 # product to their log-sum, or 128 MiB, which fill a GPU.
 _MAX_LOGITS = {"cpu": 2**20, "cuda": 2**25}
@@ -56,17 +50,6 @@ _SAMPLING_CACHE_FACTOR = 8
 # Mean |Δ| in nats per token that the check at load allows. Rounding stays far below; a mask, a
 # position or a logit scale that the architecture treats in its own way comes out far above.
 _CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-
-
-@dataclass(frozen=True)
-class _Path:
-    """Token ids from the root to the last row read, shape [tokens], with keys and values."""
-
-    token_ids: Ints
-    layers: KeysValues
-
-
-_NO_PATH = _Path(np.empty(0, np.int64), [])
 
 
 class TransformersEngine:
@@ -90,9 +73,8 @@ class TransformersEngine:
         self.spec = spec
         self.engine_version = f"transformers {transformers.__version__} / torch {torch.__version__}"
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._max_rows = min(spec.batch_tokens, _MAX_ROWS[self._device.type])
-        self._path = _NO_PATH
         self._lm = CausalLm(spec, self._device)
+        self._reader = TreeReader(self._lm, spec, self._device)
         self._check_architecture()
 
     @torch.inference_mode()
@@ -109,11 +91,11 @@ class TransformersEngine:
         completions = [(group.prefix_ids, c) for group in groups for c in group.completions_ids]
         for prefix_ids, completion_ids in completions:
             check_length(self.spec, len(prefix_ids), len(completion_ids))
-        tree = build_prefix_tree(groups, self._path.token_ids)
+        tree = build_prefix_tree(groups, self._reader.path.token_ids)
         logprobs = self._score_tree(tree)
         if not np.isfinite(logprobs).all():
             # In attention, 0 · NaN is NaN: one bad row spoils its whole forward.
-            self._path = _NO_PATH
+            self._reader.forget()
             if len(completions) > 1:
                 alone = [self.score([ScoringGroup(p, (c,))])[0][0] for p, c in completions]
                 logprobs = np.concatenate(alone)
@@ -148,8 +130,8 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Give the memory of weights and caches back."""
-        self._path = _NO_PATH
-        del self._lm
+        self._reader.forget()
+        del self._lm, self._reader
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -159,71 +141,13 @@ class TransformersEngine:
         by_row = np.argsort(tree.target_rows, kind="stable")
         sorted_rows = tree.target_rows[by_row]
         logprobs = np.empty(len(by_row), np.float32)
-        for begin, end, hidden in self._walk(tree):
+        for begin, end, hidden in self._reader.walk(tree):
             first, last = np.searchsorted(sorted_rows, (begin, end))
             targets = by_row[first:last]
             if len(targets):
                 rows = tree.target_rows[targets] - begin
                 logprobs[targets] = self._score_targets(hidden, rows, tree.target_ids[targets])
         return logprobs
-
-    def _walk(self, tree: PrefixTree) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Read the rows of a tree in order; leaves the path to its last row in `_path`.
-
-        Yields:
-            First row, one past the last row, and their hidden states, shape [rows, hidden].
-        """
-        ids = np.concatenate([tree.token_ids, tree.target_ids])
-        check_token_ids(self.spec, ids, self._lm.vocab_size)
-        begin, num_rows = tree.num_known, len(tree)
-        path = np.arange(begin)
-        layers = [(keys[:, :, :begin], values[:, :, :begin]) for keys, values in self._path.layers]
-        self._path = _NO_PATH  # nothing to go on from if a forward fails
-        while begin < num_rows:
-            end = min(begin + self._max_rows, num_rows)
-            seen = np.concatenate([path, np.arange(begin, end)])
-            try:
-                hidden, layers_seen = self._read_rows(tree, begin, end, seen, layers)
-            except RuntimeError as error:
-                self._lower_max_rows(end - begin, error)
-                continue
-            yield begin, end, hidden
-            kept = tree.is_on_path(seen, to=min(end, num_rows - 1))
-            path, kept_tokens = seen[kept], self._to_device(np.flatnonzero(kept))
-            layers = [
-                (keys.index_select(2, kept_tokens), values.index_select(2, kept_tokens))
-                for keys, values in layers_seen
-            ]
-            begin = end
-        self._path = _Path(tree.token_ids[path], layers)
-
-    def _read_rows(
-        self, tree: PrefixTree, begin: int, end: int, seen: Ints, layers: KeysValues
-    ) -> tuple[torch.Tensor, KeysValues]:
-        """Run the decoder on rows [begin, end) of a tree; `seen` ends with them."""
-        rows, keys = torch.arange(begin, end, device=self._device), self._to_device(seen)
-        visible = (keys <= rows[:, None]) & (rows[:, None] < self._to_device(tree.ends[seen]))
-        hidden, layers = self._lm.read(
-            token_ids=self._to_device(tree.token_ids[None, begin:end]),
-            positions=self._to_device(tree.depths[None, begin:end]),
-            key_positions=self._to_device(tree.depths[None, seen]),
-            visible=visible[None],
-            layers=layers,
-        )
-        return hidden[0], layers
-
-    def _lower_max_rows(self, num_rows: int, error: RuntimeError) -> None:
-        """Halve the rows per forward if memory ran out; raise where that cannot help."""
-        is_cpu_allocator = "DefaultCPUAllocator" in str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not is_cpu_allocator:
-            raise error
-        if num_rows <= _MIN_ROWS:
-            raise EngineError(
-                f"no memory even for {num_rows} tokens at a time",
-                where=f"engine {self.spec.name} on {self._device}",
-                fix="lower max_length, or place fewer models on the device",
-            ) from error
-        self._max_rows = num_rows // 2
 
     def _score_targets(self, hidden: torch.Tensor, rows: Ints, target_ids: Ints) -> TokenLogprobs:
         """Give log p(target) for the targets that rows of one forward predict.
@@ -234,8 +158,8 @@ class TransformersEngine:
             target_ids: shape [targets].
         """
         distinct_rows, state_of_target = np.unique(rows, return_inverse=True)
-        states = hidden[self._to_device(distinct_rows)]
-        state, target = self._to_device(state_of_target), self._to_device(target_ids)
+        states = hidden[self._reader.to_device(distinct_rows)]
+        state, target = self._reader.to_device(state_of_target), self._reader.to_device(target_ids)
         log_normalizers = torch.full((len(states),), -torch.inf, device=self._device)
         target_logits = torch.empty(len(target), device=self._device)
         width = max(1, _MAX_LOGITS[self._device.type] // len(states))
@@ -286,19 +210,18 @@ class TransformersEngine:
         for prefix_ids, jobs_of_prefix in groupby(jobs, key=lambda job: job.request.prefix_ids):
             count, pad = len(list(jobs_of_prefix)), width - len(prefix_ids)
             # Any target makes the walk read the last row of the prefix.
-            tree = build_prefix_tree([ScoringGroup(prefix_ids, ((0,),))], self._path.token_ids)
-            *_, (_, _, hidden) = self._walk(tree)
+            tree = build_prefix_tree(
+                [ScoringGroup(prefix_ids, ((0,),))], self._reader.path.token_ids
+            )
+            *_, (_, _, hidden) = self._reader.walk(tree)
             states.append(hidden[-1:].expand(count, -1))
-            parts.append([_repeat(layer, count, pad) for layer in self._path.layers])
+            parts.append([_repeat(layer, count, pad) for layer in self._reader.path.layers])
             padding += [[pad]] * count
         layers = [
             (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
             for layer in zip(*parts, strict=True)
         ]
         return torch.cat(states), layers, torch.tensor(padding, device=self._device)
-
-    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
     @torch.inference_mode()
     def _check_architecture(self) -> None:
@@ -314,8 +237,8 @@ class TransformersEngine:
             raise self._refuse_architecture(
                 f"cannot be read along a prefix tree: {error}"
             ) from error
-        self._path = _NO_PATH
-        plain = [self._lm.compute_plain_logprobs(self._to_device(s))[3:] for s in sequences]
+        self._reader.forget()
+        plain = [self._lm.compute_plain_logprobs(self._reader.to_device(s))[3:] for s in sequences]
         difference = np.abs(own - torch.stack(plain).float().cpu().numpy()).mean()
         if not difference <= _CHECK_TOLERANCE[self.spec.dtype]:
             raise self._refuse_architecture(

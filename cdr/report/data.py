@@ -255,6 +255,8 @@ class ReportData:
     @property
     def unit(self) -> str:
         """Unit of rewards and margins."""
+        if self.config.reward.is_asked_by_api:
+            return "of −1 to 1"
         return "nats per token" if self.config.reward.reduction == "mean" else "nats"
 
     @property
@@ -264,5 +266,10 @@ class ReportData:
 
 
 def term_weights(reward: RewardSpec) -> dict[str, float]:
-    """Give the weight of each term by its name `model/condition`, in the reward's order."""
+    """Give the weight of each term by its name `model/condition`, in the reward's order.
+
+    None of a judge: its terms are questions, as many as there are other candidates.
+    """
+    if reward.is_judge:
+        return {}
     return {f"{term.model}/{term.condition}": term.weight for term in reward.resolved_terms()}

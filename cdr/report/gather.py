@@ -366,9 +366,9 @@ class _PairShower:
         self._has_texts = config.report.texts
         self._weights = term_weights(config.reward)
         self._reader: TokenReader | None = None
-        if plan is not None and self._has_texts and scored:
-            models = {name: model_key for name, (model_key, _) in plan.term_views().items()}
-            self._reader = TokenReader(plan.encoding, models, self._weights)
+        if plan is not None and self._has_texts and scored and config.reward.is_per_token:
+            models = {name: model_key for name, (model_key, _) in plan.reward.term_views().items()}
+            self._reader = TokenReader(plan.reward.encoding, models, self._weights)
         self._without_models = plan is None
         self._unlike = 0
 
@@ -396,6 +396,8 @@ class _PairShower:
         """Say why completions are not shown token by token; None where they are, or no text is."""
         if not self._has_texts or not self._candidates:
             return None
+        if not self._config.reward.is_per_token:
+            return "This reward is one of whole completions, so they stand here without colours."
         if not self._scored:
             return (
                 "The log-probs of single tokens were not kept, so completions stand here without "

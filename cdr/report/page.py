@@ -151,9 +151,19 @@ def _short_names(data: ReportData) -> dict[str, str]:
 
 
 def _formula(data: ReportData, names: Mapping[str, str] | None = None) -> str:
+    reward = data.config.reward
+    if reward.is_asked_by_api:
+        return "share of verdicts won less share lost, against the others, both orders"
+    if reward.is_judge:
+        return "log-odds that judge names it the better answer, mean over the others, both orders"
+
+    def quantity(name: str) -> str:
+        is_classifier = reward.models[name.partition("/")[0]].engine == "classifier"
+        return f"{'score of' if is_classifier else 'log p'} {names[name] if names else name}"
+
     parts = [
         f"{'−' if weight < 0 else '+'} {'' if abs(weight) == 1 else f'{abs(weight):g} '}"
-        f"log p {names[name] if names else name}"
+        f"{quantity(name)}"
         for name, weight in data.weights.items()
     ]
     return " ".join(parts).removeprefix("+ ")

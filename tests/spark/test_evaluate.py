@@ -133,7 +133,7 @@ def done(
 
 
 def test_every_pair_comes_back_under_every_reward_with_a_verdict_or_a_reason(done: Done) -> None:
-    keys = {plan.annotation.reward_key: plan.name for plan in done.plans}
+    keys = {plan.annotation.reward.key: plan.name for plan in done.plans}
     assert list(keys.values()) == ["cdr", "cdr.oracle"]
     pairs = done.tables[0]["benchmark_pairs"]
     assert Counter(keys[row["reward_key"]] for row in pairs) == dict.fromkeys(
@@ -172,7 +172,7 @@ def test_a_verdict_is_the_strict_comparison_of_the_rewards_table(done: Done) -> 
 
 def test_results_are_the_weighted_shares_of_the_stored_pairs(done: Done) -> None:
     for plan in done.plans:
-        key = plan.annotation.reward_key
+        key = plan.annotation.reward.key
         results = {
             (row["level"], row["name"]): row
             for row in done.tables[0]["benchmark_results"]
@@ -193,7 +193,7 @@ def test_results_are_the_weighted_shares_of_the_stored_pairs(done: Done) -> None
 
 
 def test_the_oracle_gives_each_section_its_domain(done: Done) -> None:
-    oracle = done.plans[1].annotation.reward_key
+    oracle = done.plans[1].annotation.reward.key
     domains = {
         row["section"]: row["domain"]
         for row in done.tables[0]["benchmark_pairs"]
@@ -234,7 +234,7 @@ def test_rewards_share_the_store_and_a_second_run_scores_nothing(done: Done) -> 
 
 
 def test_stored_pairs_are_found_by_name_or_key(done: Done) -> None:
-    key = done.plans[0].annotation.reward_key
+    key = done.plans[0].annotation.reward.key
     by_name = load_judged(done.warehouse, "bench", "cdr")
     by_key = load_judged(done.warehouse, "bench", key[:12])
     assert by_name.equals(by_key)

@@ -27,6 +27,7 @@ from cdr.tables import (
     PREFERENCES,
     ROUTES,
     TABLES,
+    VERDICTS,
     Table,
 )
 from cdr.warehouse import Warehouse
@@ -98,7 +99,7 @@ def key_of(row: Mapping[str, Any]) -> Key:
 
 
 def test_every_table_is_thought_of() -> None:
-    assert {*BY_ID, ROUTES, LOGPROBS, *NO_PROMPTS} == set(TABLES)
+    assert {*BY_ID, ROUTES, LOGPROBS, VERDICTS, *NO_PROMPTS} == set(TABLES)
 
 
 def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(

@@ -26,7 +26,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from cdr.errors import CdrError, ConfigError
-from cdr.registry import KEY_TAG, global_store, load_annotation_plan
+from cdr.evaluation_plan import plan_evaluation
+from cdr.registry import KEY_TAG, global_store, load_annotation_plan, load_evaluation
 from cdr.tables import PREFERENCES, REJECTS, REWARDS, Table
 from cdr.warehouse import Warehouse
 from jobs.annotate import annotate
@@ -314,9 +315,19 @@ def test_the_same_reward_is_not_registered_twice_and_a_changed_pack_is_a_new_ver
     )
     assert first_key != second_key
     config = registered.folder / "run.yaml"
-    assert load_annotation_plan(config).reward_key == second_key
+    assert load_annotation_plan(config).reward.key == second_key
     old = load_annotation_plan(config, ["reward=models:/stub/1"])
-    assert (old.reward_key, old.reward_version) == (first_key, "stub/1")
+    assert (old.reward.key, old.reward_version) == (first_key, "stub/1")
+    # Evaluating takes it by name as well.
+    pairs = yaml.safe_load(config.read_text())
+    pairs["input"] = {"path": "./input.jsonl", "format": "json"}
+    evaluation = registered.folder / "evaluate.yaml"
+    evaluation.write_text(yaml.safe_dump(pairs))
+    found, version = load_evaluation(evaluation, ["reward=models:/stub/1"])
+    (plan,) = plan_evaluation(found, reward_version=version)
+    assert (plan.annotation.reward.key, plan.annotation.reward_version) == (first_key, "stub/1")
+    with pytest.raises(ConfigError, match="reduction: was mean when it was registered"):
+        load_evaluation(evaluation, ["reward=models:/stub/1", "reward.reduction=sum"])
     registered.register("--force")
     assert registered.versions("stub") == ["1", "2", "3"]
     assert registered.client.get_model_version("stub", "3").tags[KEY_TAG] == first_key

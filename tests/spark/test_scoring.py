@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from cdr.config import AnnotateConfig, RunSpec
 from cdr.encoding import EncodingPlan
 from cdr.engines.base import EngineSpec
-from cdr.plan import AnnotationPlan
+from cdr.plan import AnnotationPlan, RewardPlan
 from cdr.progress import TaskCounter
 from cdr.scoring import plan_waves, plan_work, score_wave
 from cdr.stages import Context
@@ -44,17 +44,16 @@ def make_context(spark: SparkSession, root: Path, **run: Any) -> Context:
             "run": run,
         }
     )
-    plan = AnnotationPlan(
-        config=config,
-        dataset="d",
-        limit=None,
+    reward = RewardPlan(
+        spec=config.reward,
         models={},
         pack=None,
         encoding=EncodingPlan((), (), None, 0, "reject", True, False),
         engines=(STRONG, WEAK),
         route=None,
-        reward_key="k",
+        key="k",
     )
+    plan = AnnotationPlan(config=config, dataset="d", limit=None, reward=reward)
     return Context(
         plan, Warehouse(spark, str(root)), Staging(spark, str(root), "r"), "r", None, 2, 2
     )
@@ -71,7 +70,11 @@ def encoded(spark: SparkSession, prompts: dict[str, list[list[int]]]) -> DataFra
                 "conditioned",
                 name.encode(),
                 list(name.encode()),
-                [(f"{name}{i}", bytes(ids), ids, False) for i, ids in enumerate(completions)],
+                None,
+                [
+                    (f"{name}{i}", bytes(ids), ids, False, len(ids))
+                    for i, ids in enumerate(completions)
+                ],
             )
             for engine in (STRONG, WEAK)
         ]

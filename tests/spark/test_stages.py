@@ -288,7 +288,7 @@ def runs(
             plan,
             last["run_id"],
             last["counts"],
-            [r for r in collect(warehouse, REWARDS) if r["reward_key"] == plan.reward_key],
+            [r for r in collect(warehouse, REWARDS) if r["reward_key"] == plan.reward.key],
             collect(warehouse, REJECTS),
             by_key,
         )
@@ -323,8 +323,8 @@ def terms_of(done: Done) -> Iterator[tuple[dict[str, Any], dict[str, Term]]]:
     Yields:
         The candidate's row of `rewards`, and its terms by `model/condition`.
     """
-    encoder = PromptEncoder(done.plan.encoding)
-    roles = {model.model_key: role for role, model in done.plan.models.items()}
+    encoder = PromptEncoder(done.plan.reward.encoding)
+    roles = {model.model_key: role for role, model in done.plan.reward.models.items()}
     for reward in done.rewards:
         candidate = Candidate(reward["completion_id"], reward["completion"], "stop")
         encoded = encoder.encode(
@@ -395,7 +395,7 @@ def test_the_store_holds_what_the_engine_said_and_every_token_of_it_when_asked_t
     runs: dict[str, Done],
 ) -> None:
     done = runs["pmi"]
-    specs = {engine.name: engine for engine in done.plan.engines}
+    specs = {engine.name: engine for engine in done.plan.reward.engines}
     seen = set()
     for _, terms in terms_of(done):
         for term in terms.values():
@@ -478,7 +478,7 @@ def test_a_dry_run_reckons_what_a_model_would_cost_and_neither_loads_nor_writes_
     assert dry_run(plan, warehouse) == 0
     printed = capsys.readouterr().out
 
-    encoder = PromptEncoder(plan.encoding)
+    encoder = PromptEncoder(plan.reward.encoding)
     views = [
         view
         for i in range(3)

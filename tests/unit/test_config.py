@@ -97,8 +97,10 @@ def test_shipped_reward_loads_and_is_named_like_its_file(
         monkeypatch.setenv(name, COMMIT)
     reward = load_reward_config(path)
     assert reward.name == path.stem
-    assert reward.prompt_pack is not None
-    assert Path(reward.prompt_pack).parent == CONF / "prompts"
+    if reward.prompt_pack is None:
+        assert reward.routing.mode == "none"
+    else:
+        assert Path(reward.prompt_pack).parent == CONF / "prompts"
 
 
 @pytest.mark.parametrize("path", SHIPPED_RUNS, ids=lambda path: path.stem)
@@ -124,14 +126,16 @@ def test_papers_run_has_the_papers_pair_and_router(monkeypatch: pytest.MonkeyPat
     assert config.pairs.validation_fraction > 0
 
 
-def test_only_pairs_without_preference_tuning_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_pairs_without_preference_tuning_and_custom_code_warn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     warned = set()
     for path in SHIPPED_REWARDS:
         for name in required_variables(path):
             monkeypatch.setenv(name, COMMIT)
         if load_reward_config(path).warnings():
             warned.add(path.stem)
-    assert warned == {"mistral-sft-over-base", "llama3-sft-over-base"}
+    assert warned == {"mistral-sft-over-base", "llama3-sft-over-base", "armorm-llama3-8b"}
 
 
 # --- reading -----------------------------------------------------------------------------------

@@ -70,23 +70,28 @@ def test_table_1_prints_the_papers_numbers_and_has_its_rewards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = load(CONF / "benchmark" / "table1.yaml", monkeypatch)
-    density_ratios = {
-        title.replace(" vs ", " vs. "): scores
-        for title, scores in TABLE_1.items()
-        if title.startswith(("density", "CDR"))
-    }
+    table_1 = {title.replace(" vs ", " vs. "): scores for title, scores in TABLE_1.items()}
     found = {
         row.title: tuple(row.printed[name] for name in (*SECTIONS, "Overall"))
         for row in config.rows.values()
     }
-    assert found == density_ratios
+    assert found == table_1
     rewards = {name: config.reward_of(name) for name in config.row_names()}
     assert {name: reward.routing.mode for name, reward in rewards.items()} == {
         "dpo-over-sft": "none", "dpo-over-base": "none", "sft-over-base": "none",
         "cdr-safety": "fixed", "cdr-math-code": "fixed", "cdr-chat-hard": "fixed",
         "cdr-adaptive-chat-hard-oracle": "column", "cdr-adaptive-oracle": "column",
-        "cdr-adaptive-router": "adaptive",
+        "cdr-adaptive-router": "adaptive", "generative": "adaptive",
+        "rm-mistral-7b": "none", "armorm-llama3-8b": "none",
+        "gpt-4-turbo": "none", "claude-3.5-sonnet": "none",
     }  # fmt: skip
+    forms = {name: r.form for name, r in rewards.items() if r.form != "density_ratio"}
+    assert forms == {
+        "generative": "judge", "rm-mistral-7b": "classifier", "armorm-llama3-8b": "classifier",
+        "gpt-4-turbo": "judge", "claude-3.5-sonnet": "judge",
+    }  # fmt: skip
+    judge, strong = rewards["generative"].models["judge"], config.reward.models["strong"]
+    assert (judge.path, judge.revision) == (strong.path, strong.revision)
     base = rewards["dpo-over-base"]
     assert base.models["strong"].path == config.reward.models["strong"].path
     assert base.models["weak"].path == "mistralai/Mistral-7B-v0.1"
@@ -94,7 +99,7 @@ def test_table_1_prints_the_papers_numbers_and_has_its_rewards(
     assert rewards["dpo-over-sft"].encoding.template == "strong"
     # Only where strong was not tuned from weak.
     warned = {name for name, reward in rewards.items() if reward.warnings()}
-    assert warned == {"dpo-over-base", "sft-over-base"}
+    assert warned == {"dpo-over-base", "sft-over-base", "armorm-llama3-8b"}
     oracle = config.rows["cdr-adaptive-chat-hard-oracle"].oracle or {}
     assert (oracle["Chat"], oracle["Chat Hard"]) == ("chat_hard", "chat_hard")
     assert (config.oracle["Chat"], config.oracle["Chat Hard"]) == ("chat", "chat")
@@ -183,8 +188,8 @@ def test_two_oracles_are_two_rewards_though_nothing_else_differs(stubs: dict[str
         tree(reward=stubs, rows={"one": column, "two": {**column, "oracle": hard}})
     )
     one, two = plan_evaluation(config)
-    assert one.annotation.encoding == two.annotation.encoding
-    assert one.annotation.reward_key != two.annotation.reward_key
+    assert one.annotation.reward.encoding == two.annotation.reward.encoding
+    assert one.annotation.reward.key != two.annotation.reward.key
 
 
 def test_the_oracle_of_a_router_is_added_behind_it(stubs: dict[str, Any]) -> None:
@@ -195,7 +200,7 @@ def test_the_oracle_of_a_router_is_added_behind_it(stubs: dict[str, Any]) -> Non
     assert [plan.name for plan in plans] == ["plain", "cdr", "cdr.oracle"]
     modes = [plan.annotation.config.reward.routing.mode for plan in plans]
     assert modes == ["none", "adaptive", "column"]
-    assert len({plan.annotation.reward_key for plan in plans}) == 3
+    assert len({plan.annotation.reward.key for plan in plans}) == 3
 
 
 def test_an_oracle_that_is_a_row_already_is_not_added(stubs: dict[str, Any]) -> None:

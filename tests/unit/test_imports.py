@@ -28,6 +28,8 @@ TORCH_AT_IMPORT = {
     "cdr/engines/transformers.py",
     "cdr/engines/block_attention.py",
     "cdr/engines/causal_lm.py",
+    "cdr/engines/classifier.py",
+    "cdr/engines/tree_reader.py",
     "cdr/dpo.py",
     "cdr/demo_model.py",
 }

@@ -17,7 +17,7 @@ from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel
 from cdr.placement import place, weights_bytes
-from cdr.plan import AnnotationPlan
+from cdr.plan import AnnotationPlan, RewardPlan
 from cdr.reward_config import ModelSpec
 
 PARAMETERS = 1 << 20  # 4 MiB in float32, with a quarter more 5 MiB
@@ -47,17 +47,16 @@ def make_plan(models: list[ResolvedModel], **run: Any) -> AnnotationPlan:
             "run": run,
         }
     )
-    return AnnotationPlan(
-        config=config,
-        dataset="d",
-        limit=None,
+    reward = RewardPlan(
+        spec=config.reward,
         models={model.role: model for model in models},
         pack=None,
         encoding=EncodingPlan((), (), None, 0, "reject", True, False),
         engines=tuple(m.engine_spec for m in models if m.role != "router"),
         route=None,
-        reward_key="k",
+        key="k",
     )
+    return AnnotationPlan(config=config, dataset="d", limit=None, reward=reward)
 
 
 def placed(models: list[ResolvedModel], memory_mib: float, **run: Any) -> AnnotationPlan:
@@ -73,13 +72,13 @@ def pair(tmp_path: Path) -> list[ResolvedModel]:
 def test_models_that_fit_together_share_a_device_in_halves(pair: list[ResolvedModel]) -> None:
     plan = placed(pair, 12)  # 0.45 · 12 = 5.4 ≥ 5
     assert plan.config.run.placement == "colocated"
-    assert [engine.memory_fraction for engine in plan.engines] == [0.45, 0.45]
+    assert [engine.memory_fraction for engine in plan.reward.engines] == [0.45, 0.45]
 
 
 def test_models_that_only_fit_alone_go_one_after_the_other(pair: list[ResolvedModel]) -> None:
     plan = placed(pair, 11)  # 0.45 · 11 = 4.95 < 5 ≤ 0.9 · 11
     assert plan.config.run.placement == "sequential"
-    assert [engine.memory_fraction for engine in plan.engines] == [None, None]
+    assert [engine.memory_fraction for engine in plan.reward.engines] == [None, None]
 
 
 def test_a_share_that_the_config_sets_stays_and_the_other_model_gets_the_rest(
@@ -87,7 +86,7 @@ def test_a_share_that_the_config_sets_stays_and_the_other_model_gets_the_rest(
 ) -> None:
     models = [make_model(tmp_path, "strong", memory_fraction=0.6), make_model(tmp_path, "weak")]
     plan = placed(models, 100)
-    assert [engine.memory_fraction for engine in plan.engines] == [0.6, pytest.approx(0.3)]
+    assert [engine.memory_fraction for engine in plan.reward.engines] == [0.6, pytest.approx(0.3)]
 
 
 def test_two_adapters_on_one_copy_of_weights_have_the_device_to_themselves(
@@ -98,7 +97,7 @@ def test_two_adapters_on_one_copy_of_weights_have_the_device_to_themselves(
     base = replace(strong.engine_spec, name="weak", adapter_path=None)
     plan = placed([strong, replace(strong, role="weak", engine_spec=base)], 6)  # 5 ≤ 0.9 · 6
     assert plan.config.run.placement == "colocated"
-    assert [engine.memory_fraction for engine in plan.engines] == [None, None]
+    assert [engine.memory_fraction for engine in plan.reward.engines] == [None, None]
 
 
 def test_shares_beyond_the_device_are_refused(tmp_path: Path) -> None:

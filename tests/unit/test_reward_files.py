@@ -70,14 +70,14 @@ def test_a_folder_holds_the_same_reward_pinned_and_apart_from_its_sources(reward
     (reward.parent / "pack.yaml").unlink()
     reward.unlink()
     again = read_reward(folder, where="models:/toy/1")
-    assert again.reward_key == plan.reward_key == read_identity(folder).reward_key
+    assert again.key == plan.key == read_identity(folder).reward_key
     assert again.encoding == plan.encoding
-    assert again.reward.description == "costs ${nothing}"
+    assert again.spec.description == "costs ${nothing}"
     assert sorted(file.name for file in folder.iterdir()) == [
         "identity.json", "prompt_pack.yaml", "reward.yaml"
     ]  # fmt: skip
-    assert set(again.reward.models) == {"strong", "weak", "router"}
-    for spec in again.reward.models.values():
+    assert set(again.spec.models) == {"strong", "weak", "router"}
+    for spec in again.spec.models.values():
         assert re.fullmatch("[0-9a-f]{64}", spec.checksum or "")
         assert "auto" not in (spec.dtype, spec.head_dtype)
 
@@ -88,8 +88,8 @@ def test_a_template_file_and_a_reward_without_a_pack_come_along(reward: Path) ->
     plan, folder = write(reward, f"encoding.template={template}", "routing.mode=none")
     template.unlink()
     again = read_reward(folder, where="models:/toy/1")
-    assert again.reward_key == plan.reward_key
-    assert again.reward.prompt_pack is None
+    assert again.key == plan.key
+    assert again.spec.prompt_pack is None
     assert not (folder / "prompt_pack.yaml").exists()
 
 
@@ -139,7 +139,7 @@ def test_folders_may_move_and_models_be_run_in_another_way(reward: Path) -> None
     (reward.parent / "strong").rename(moved)
     changes = [f"models.strong.path={moved}", "models.strong.batch_tokens=128", "name=renamed"]
     again = read_reward(folder, where="models:/toy/1", overrides=changes)
-    assert again.reward_key == plan.reward_key
+    assert again.key == plan.key
 
 
 @pytest.mark.parametrize(

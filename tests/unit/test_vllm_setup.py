@@ -391,7 +391,9 @@ def test_the_demos_plan_loads_one_copy_of_weights_for_all_its_models(
     monkeypatch.setenv("CDR_CACHE", str(tmp_path))
     config = load_annotate_config(CONF / "annotate" / "demo.yaml", ["engine=vllm"])
     plan = plan_annotation(config)
-    assert plan.route is not None
-    engines = {spec.name: spec for spec in (*plan.engines, plan.route.engine)}.values()
+    assert plan.reward.route is not None
+    engines = {
+        spec.name: spec for spec in (*plan.reward.engines, plan.reward.route.engine)
+    }.values()
     assert len(engines) == 2
     assert len({spec.weights() for spec in engines}) == 1

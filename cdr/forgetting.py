@@ -46,6 +46,7 @@ from cdr.tables import (
     REWARDS,
     ROUTES,
     RUNS,
+    STUDY_PAIRS,
     TABLES,
     VERDICTS,
     Table,
@@ -55,7 +56,7 @@ from cdr.warehouse import Warehouse
 
 BY_ID = tuple(table for table in TABLES if {"dataset", "prompt_id"} <= set(table.names()))
 """Tables whose rows belong to one prompt_id of one dataset."""
-NO_PROMPTS = (RUNS, BENCHMARK_RESULTS)
+NO_PROMPTS = (RUNS, BENCHMARK_RESULTS, STUDY_PAIRS)
 """Tables that hold nothing of a prompt: configs, counts, versions and accuracies."""
 
 _OWNER = ["dataset", "prompt_id"]
@@ -75,9 +76,9 @@ class Request:
         prompt_ids: the prompts' ids.
         dataset: only there, and in its trials and its sampling's rejects (`NAME.limit-20`,
             `NAME.prompts`); None: in every dataset.
-        unclaimed: also delete log-probs, verdicts and routes that no row of any prompt uses. Whose they are
-            cannot be told: those of candidates that have since changed, and those of a run that has
-            not finished, which would have to score them again.
+        unclaimed: also delete log-probs, verdicts and routes that no row of any prompt uses. Whose
+            they are cannot be told: those of candidates that have since changed, and those of a
+            run that has not finished, which would have to score them again.
     """
 
     prompt_ids: Sequence[str]
@@ -129,8 +130,8 @@ class Receipt:
         num_found: ids that stood in a table.
         dataset: as asked; null: all.
         tables: what became of each.
-        unclaimed: log-probs, verdicts and routes that no row uses and whose prompt is unknown; they were
-            deleted if that was asked for, and are in `rows` above then.
+        unclaimed: log-probs, verdicts and routes that no row uses and whose prompt is unknown; they
+            were deleted if that was asked for, and are in `rows` above then.
         unclaimed_deleted: whether they were.
         mlflow_run_ids: MLflow runs of the deleted pairs: their artifacts may quote texts.
         staging_folders: of other runs, alive or killed; they may hold rows of the input.

@@ -63,15 +63,26 @@ def plan_questions(encoded: DataFrame, run: Context) -> Work:
     )
     left = written.where("is_missing")
     asked = written.count()  # of what was just written
-    totals = left.agg(F.count("*"), F.count_distinct("prompt_hash"), F.sum("prefix_tokens")).first()
-    missing, prompts, tokens = totals or (0, 0, 0)
+    # At most BUCKETS rows; a prompt lies in one bucket.
+    loads = left.groupBy("bucket").agg(
+        F.count("*").alias("questions"),
+        F.count_distinct("prompt_hash").alias("prompts"),
+        F.sum("prefix_tokens").alias("tokens"),
+    ).collect()  # fmt: skip
+    missing = sum(load["questions"] for load in loads)
     workload = Workload(
-        prompts=prompts,
+        prompts=sum(load["prompts"] for load in loads),
         completions=missing,
-        prefix_tokens=int(tokens or 0),
+        prefix_tokens=sum(load["tokens"] for load in loads),
         completion_tokens=missing,
     )
-    return Work(rows=left, asked=asked, missing={engine.name: workload} if missing else {})
+    bucket_tokens = {load["bucket"]: load["tokens"] + load["questions"] for load in loads}
+    return Work(
+        rows=left,
+        asked=asked,
+        missing={engine.name: workload} if missing else {},
+        bucket_tokens={engine.name: bucket_tokens} if missing else {},
+    )
 
 
 def plan_question_waves(work: Work, run: Context) -> list[Wave]:

@@ -26,6 +26,7 @@ from cdr.tables import (
     LOGPROBS,
     PREFERENCES,
     ROUTES,
+    STUDY_PAIRS,
     TABLES,
     VERDICTS,
     Table,
@@ -74,6 +75,7 @@ def whole(
         (COMPLETIONS, sampled),
         (BENCHMARK_PAIRS, [{**key, "prompt_id": name} for name in ("p0", "p5", "twin")]),
         (BENCHMARK_RESULTS, [{**key, "level": "overall"}]),
+        (STUDY_PAIRS, [{"dataset": "demo", "study": "s"}]),
     ):
         values = [tuple(row.get(name) for name in table.names()) for row in known]
         warehouse.append(table, spark.createDataFrame(values, table.schema()).coalesce(1))

@@ -10,10 +10,20 @@ from contextlib import closing
 from typing import Any
 
 from py4j.java_gateway import is_instance_of
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from cdr.errors import TableError
-from cdr.staging import hadoop_place
+
+
+def hadoop_place(place: str) -> str:
+    """Give the name by which Hadoop's file systems know a folder.
+
+    Databricks' readers and writers know a volume as `/Volumes/...`, but its Hadoop file system
+    refuses that path ("No operations allowed on this path"); it does know the mounted folder.
+    """
+    mounted = place.removeprefix("dbfs:")
+    return f"file:{mounted}" if mounted.startswith("/Volumes/") else place
 
 
 class Files:
@@ -78,6 +88,20 @@ class Files:
         path, files = self._open(place)
         whole = str(files.makeQualified(path).toString())
         return f"/{whole[5:].lstrip('/')}" if whole.startswith("file:") else whole
+
+    def read_text(self, file: str) -> str:
+        """Read a small file in UTF-8.
+
+        Raises:
+            TableError: there is none, or it cannot be read.
+        """
+        jvm: Any = self._spark._jvm
+        path, files = self._open(file)
+        try:
+            with closing(files.open(path)) as stream:
+                return str(jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+        except Py4JJavaError as error:
+            raise TableError("the file cannot be read", where=file) from error
 
     def write_text(self, file: str, text: str) -> None:
         """Write a small file in UTF-8, in the place of an earlier one; others see a whole one."""

@@ -12,6 +12,7 @@ again.
 
 A deleted row is out of the table at once, and out of its files only after a vacuum: old versions
 still hold it. The receipt says which, and from when on a vacuum takes them; nothing here vacuums.
+Delta's log never quotes an id or a text: it keeps bounds of hashes and run ids alone.
 
 Not reached: the user's own input, exports, MLflow's artifacts, models trained on the rows, backups,
 and staging folders of killed runs, which the receipt lists.
@@ -23,6 +24,7 @@ import datetime as dt
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -56,6 +58,11 @@ NO_PROMPTS = (RUNS, BENCHMARK_RESULTS)
 """Tables that hold nothing of a prompt: configs, counts, versions and accuracies."""
 
 _OWNER = ["dataset", "prompt_id"]
+_FACT = (
+    "struct<owner: struct<table: string, dataset: string, prompt_id: string, run_id: string>, "
+    "prompt: struct<prompt_hash: string>, "
+    "term: struct<model_key: string, prefix_hash: binary, completion_hash: binary>>"
+)
 _DERIVED_ID = re.compile(r"[0-9a-f]{64}")  # of a prompt without an id: its hash
 
 
@@ -92,8 +99,9 @@ class TableReceipt:
             may hold the rows.
         files_gone_after: earliest time when a vacuum that keeps what the table's retention asks for
             deletes them; null where nothing was deleted.
-        log_gone_after: earliest time when Delta drops the log entries of these versions, which
-            quote the least and greatest values of their files (of text, the first 32 characters).
+        log_gone_after: earliest time when Delta drops the log entries of these versions. Of their
+            files they quote the least and greatest `cdr.tables.INDEXED`, and more where somebody
+            has changed the table's `delta.dataSkippingStatsColumns`.
     """
 
     table: str
@@ -203,49 +211,63 @@ class Forgetting:
     def plan(self) -> Receipt:
         """Work out what is to go, and count it; nothing is deleted.
 
+        Each table is read once, the shared ones once more to be told apart.
+
         Raises:
             TableError: a table cannot be read.
         """
-        ids = self._warehouse.spark.createDataFrame(
-            [(one,) for one in self._ids], "prompt_id string"
-        )
-        owners = [self._rows(table).join(ids, on="prompt_id", how="left_semi").select(*_OWNER)
-                  for table in BY_ID]  # fmt: skip
-        mine = self._stage("owners", _union(owners).where(self._in_dataset()))
-        routes, routes_kept, routes_unclaimed = self._split_keys(
-            "routes", self._routes(mine, "left_semi", own_ids=True), self._routes(mine, "left_anti")
-        )
-        logprobs, logprobs_kept, logprobs_unclaimed = self._split_keys(
-            "logprobs", self._terms(mine, "left_semi"), self._terms(mine, "left_anti")
-        )
+        facts = self._staging.write("facts", self._facts())
+        owners = facts.where("owner IS NOT NULL").select("owner.*", "rows")
+        self._keys = {
+            LOGPROBS.name: self._sort_out(LOGPROBS, facts, "term"),
+            ROUTES.name: self._sort_out(ROUTES, facts, "prompt"),
+        }
+        fates = self._count_fates()
+        gone = ("goes", "unclaimed") if self._request.unclaimed else ("goes",)
+        self._keys = {
+            name: rows.where(F.col("fate").isin(*gone)).drop("fate").distinct()
+            for name, rows in self._keys.items()
+        }
         # The rows that others are found by come last (see the module's docstring).
         ordered = [table for table in BY_ID if table not in (COMPLETIONS, REWARDS)]
-        self._keys = {LOGPROBS.name: logprobs, ROUTES.name: routes}
+        mine = owners.select(*_OWNER).distinct()
         self._keys |= {table.name: mine for table in (*ordered, COMPLETIONS, REWARDS)}
-        kept = {LOGPROBS.name: logprobs_kept, ROUTES.name: routes_kept}
-        tables = [
-            TableReceipt(
-                table=table.name,
-                place=self._warehouse.place(table),
-                rows=self._matching(table, self._keys[table.name]).count(),
-                kept_shared=kept.get(table.name, 0),
-                version_before=self._warehouse.version(table),
-                oldest_version=self._oldest_version(table),
+        found = owners.agg(
+            F.count_distinct("prompt_id").alias("prompts"),
+            *[F.sum(F.when(F.col("table") == t.name, F.col("rows"))).alias(t.name) for t in BY_ID],
+            # A row per run that wrote them.
+            F.collect_set(F.when(F.col("table") == REWARDS.name, F.col("run_id"))).alias("run_ids"),
+        ).first()
+        assert found is not None
+        rows = {table.name: int(found[table.name] or 0) for table in BY_ID}
+        rows |= {
+            table.name: sum(fates[table.name, fate] for fate in gone)
+            for table in (LOGPROBS, ROUTES)
+        }
+        tables = []
+        for table in self._tables():
+            versions = [one.version for one in read_history(self._warehouse.delta(table).history())]
+            tables.append(
+                TableReceipt(
+                    table=table.name,
+                    place=self._warehouse.place(table),
+                    rows=rows[table.name],
+                    kept_shared=fates[table.name, "shared"],
+                    version_before=versions[0],
+                    oldest_version=versions[-1],
+                )
             )
-            for table in self._tables()
-        ]
         return Receipt(
             receipt_id=self._id,
             outcome="planned",
             at=_utc(dt.datetime.now(dt.UTC)),
             prompt_ids_sha256=[hashlib.sha256(one.encode()).hexdigest() for one in self._ids],
-            # As many rows as ids were given, at most.
-            num_found=mine.select("prompt_id").distinct().count(),
+            num_found=found["prompts"],
             dataset=self._request.dataset,
             tables=tables,
-            unclaimed=logprobs_unclaimed + routes_unclaimed,
+            unclaimed=sum(fates[table.name, "unclaimed"] for table in (LOGPROBS, ROUTES)),
             unclaimed_deleted=self._request.unclaimed,
-            mlflow_run_ids=self._mlflow_runs(mine),
+            mlflow_run_ids=self._mlflow_runs(found["run_ids"]),
             staging_folders=self._other_staging(),
         )
 
@@ -271,14 +293,13 @@ class Forgetting:
                 planned = self._after(table, planned)
             tables.append(planned)
         receipt = replace(plan, outcome="done", tables=tables)
-        for table in self._tables():
-            left = self._matching(table, self._keys[table.name])
-            if not left.isEmpty():
-                raise TableError(
-                    f"'{table.name}' has rows of these prompts again: another run has written them",
-                    where=self._warehouse.place(table),
-                    fix="take the prompts out of the input, stop the runs, and forget once more",
-                )
+        if left := self._tables_with_rows():
+            raise TableError(
+                f"{', '.join(repr(table.name) for table in left)} has rows of these prompts again: "
+                "another run has written them",
+                where=self._warehouse.place(left[0]),
+                fix="take the prompts out of the input, stop the runs, and forget once more",
+            )
         self._write(files, receipt)
         return receipt
 
@@ -295,11 +316,79 @@ class Forgetting:
         by_name = {table.name: table for table in TABLES}
         return [by_name[name] for name in self._keys if self._warehouse.exists(by_name[name])]
 
-    def _rows(self, table: Table) -> DataFrame:
-        return self._warehouse.read(table)
+    def _facts(self) -> DataFrame:
+        """Gather what the rows of `BY_ID` say: whose they are, and which shared rows they use.
 
-    def _stage(self, name: str, keys: DataFrame) -> DataFrame:
-        return self._staging.write(name, keys.distinct())
+        Returns:
+            One row per fact, which is in one of three columns: owner (of rows to forget: table,
+            dataset, prompt_id, run_id), prompt (prompt_hash) and term (the key of `logprobs`); and
+            rows (that say so), is_mine (of rows to forget) and is_others (of any other row).
+        """
+        spark = self._warehouse.spark
+        asked = [(one, True) for one in self._ids]
+        ids = F.broadcast(spark.createDataFrame(asked, "prompt_id string, is_asked boolean"))
+        is_mine = F.coalesce(F.col("is_asked") & self._in_dataset(), F.lit(False))
+        found = []
+        for table in BY_ID:
+            owner = F.struct(F.lit(table.name).alias("table"), *_OWNER, "run_id")
+            facts = [F.array(_fact(owner=F.when(is_mine, owner)))]
+            if "prompt_hash" in table.names():
+                facts.append(F.array(_fact(prompt=F.struct("prompt_hash"))))
+            elif "prompt" in table.names():
+                hashed = prompt_hash(F.col("prompt")).alias("prompt_hash")
+                facts.append(F.array(_fact(prompt=F.struct(hashed))))
+            if "terms" in table.names():
+                used = F.transform(
+                    F.map_values("terms"),
+                    lambda term: _fact(term=F.struct(*[term[n].alias(n) for n in LOGPROBS.key])),
+                )
+                facts.append(F.coalesce(used, F.array().cast(f"array<{_FACT}>")))
+            rows = self._warehouse.read(table).join(ids, on="prompt_id", how="left")
+            found.append(
+                rows.select(is_mine.alias("is_mine"), F.explode(F.concat(*facts)).alias("fact"))
+            )
+        # An id that was derived is the prompt's hash: its route is found also without a row.
+        derived = [(one,) for one in self._ids if _DERIVED_ID.fullmatch(one)]
+        hashes = spark.createDataFrame(derived, "prompt_hash string")
+        found.append(
+            hashes.select(
+                F.lit(True).alias("is_mine"), _fact(prompt=F.struct("prompt_hash")).alias("fact")
+            )
+        )
+        return (
+            _union(found)
+            .select("is_mine", "fact.*")
+            .groupBy("owner", "prompt", "term")
+            .agg(
+                F.count("*").alias("rows"),
+                F.bool_or("is_mine").alias("is_mine"),
+                F.bool_or(~F.col("is_mine")).alias("is_others"),
+            )
+        )
+
+    def _sort_out(self, table: Table, facts: DataFrame, kind: str) -> DataFrame:
+        """Stage the rows of a shared table that the prompts to forget use, or nobody does.
+
+        Returns:
+            The columns of the key that tell them apart, and fate: goes, shared or unclaimed.
+        """
+        used = facts.where(f"{kind} IS NOT NULL").select(f"{kind}.*", "is_mine", "is_others")
+        keys = [name for name in used.columns if name in table.key]
+        fate = (
+            F.when(F.col("is_mine").isNull(), "unclaimed")
+            .when(F.col("is_mine") & F.col("is_others"), "shared")
+            .when(F.col("is_mine"), "goes")
+        )
+        rows = self._warehouse.read(table).select(*keys).join(used, on=keys, how="left")
+        return self._staging.write(
+            table.name, rows.select(*keys, fate.alias("fate")).where("fate IS NOT NULL")
+        )
+
+    def _count_fates(self) -> Counter[tuple[str, str]]:
+        """Count the rows of the shared tables by table and fate."""
+        frames = [rows.select(F.lit(n).alias("table"), "fate") for n, rows in self._keys.items()]
+        counts = _union(frames).groupBy("table", "fate").agg(F.count("*").alias("rows"))
+        return Counter({(row["table"], row["fate"]): row["rows"] for row in counts.collect()})
 
     def _in_dataset(self) -> Column:
         name = self._request.dataset
@@ -307,55 +396,19 @@ class Forgetting:
             return F.lit(True)
         return F.col("dataset").rlike(rf"^{re.escape(name)}(\.limit-\d+)?(\.prompts)?$")
 
-    def _routes(self, mine: DataFrame, how: str, *, own_ids: bool = False) -> DataFrame:
-        """Give the prompt hashes of the prompts to forget, or of all others."""
+    def _tables_with_rows(self) -> list[Table]:
+        """Give the tables that still, or again, have rows to forget."""
+        tables = self._tables()
         found = []
-        for table in BY_ID:
-            rows = self._rows(table)
-            if "prompt_hash" in table.names():
-                hashed = rows.select(*_OWNER, "prompt_hash")
-            elif "prompt" in table.names():
-                hashed = rows.select(*_OWNER, prompt_hash(F.col("prompt")).alias("prompt_hash"))
-            else:
-                continue
-            found.append(hashed.join(mine, on=_OWNER, how=how).select("prompt_hash"))
-        if own_ids:
-            derived = [(one,) for one in self._ids if _DERIVED_ID.fullmatch(one)]
-            found.append(self._warehouse.spark.createDataFrame(derived, "prompt_hash string"))
-        return _union(found)
-
-    def _terms(self, mine: DataFrame, how: str) -> DataFrame:
-        """Give the keys of log-probs that the prompts to forget use, or all others."""
-        rows = self._rows(REWARDS).select(*_OWNER, "terms").join(mine, on=_OWNER, how=how)
-        terms = rows.select(F.explode(F.map_values("terms")).alias("term"))
-        return terms.select(*(f"term.{name}" for name in LOGPROBS.key))
-
-    def _split_keys(
-        self, name: str, own: DataFrame, others: DataFrame
-    ) -> tuple[DataFrame, int, int]:
-        """Stage the keys that go.
-
-        Returns:
-            The keys; how many rows are shared and stay; how many no row claims.
-        """
-        table = {"routes": ROUTES, "logprobs": LOGPROBS}[name]
-        own, others = self._stage(f"{name}.own", own), self._stage(f"{name}.others", others)
-        columns = own.columns
-        keys = own.join(others, on=columns, how="left_anti")
-        shared = own.join(others, on=columns, how="left_semi")
-        claimed = own.unionByName(others)
-        unclaimed = self._rows(table).join(claimed, on=columns, how="left_anti").select(*columns)
-        unclaimed = self._stage(f"{name}.unclaimed", unclaimed)
-        num_unclaimed = self._matching(table, unclaimed).count()
-        if self._request.unclaimed:
-            keys = keys.unionByName(unclaimed)
-        return keys, self._matching(table, shared).count(), num_unclaimed
-
-    def _matching(self, table: Table, keys: DataFrame) -> DataFrame:
-        return self._rows(table).join(keys, on=keys.columns, how="left_semi")
+        for table in tables:
+            keys = self._keys[table.name]
+            rows = self._warehouse.read(table).join(keys, on=keys.columns, how="left_semi")
+            found.append(rows.select(F.lit(table.name).alias("table")).limit(1))
+        names = {row["table"] for row in _union(found).collect()}
+        return [table for table in tables if table.name in names]
 
     def _delete(self, table: Table) -> None:
-        keys = self._keys[table.name].distinct()
+        keys = self._keys[table.name]
         # A merge, not DELETE ... IN: the log keeps every condition, and with it the ids.
         condition = " AND ".join(f"t.`{name}` = k.`{name}`" for name in keys.columns)
         self._warehouse.change(
@@ -371,9 +424,6 @@ class Forgetting:
             spark = self._warehouse.spark
             self._warehouse.change(table, lambda _: spark.sql(f"REORG TABLE {name} APPLY (PURGE)"))
 
-    def _oldest_version(self, table: Table) -> int:
-        return read_history(self._warehouse.delta(table).history())[-1].version
-
     def _after(self, table: Table, planned: TableReceipt) -> TableReceipt:
         now, retention = dt.datetime.now(dt.UTC), read_retention(self._warehouse, table)
         return replace(
@@ -383,17 +433,30 @@ class Forgetting:
             log_gone_after=_utc(now + dt.timedelta(hours=retention.log)),
         )
 
-    def _mlflow_runs(self, mine: DataFrame) -> list[str]:
-        runs = self._rows(RUNS).where("mlflow_run_id IS NOT NULL")
-        rewards = self._matching(REWARDS, mine).select("run_id")
+    def _mlflow_runs(self, run_ids: Sequence[str]) -> list[str]:
+        if not run_ids:
+            return []
+        runs = self._warehouse.read(RUNS).where(F.col("run_id").isin(list(run_ids)))
         # One row per annotate run that wrote these prompts.
-        found = runs.join(rewards, on="run_id", how="left_semi").select("mlflow_run_id")
-        return sorted(row[0] for row in found.distinct().collect())
+        found = runs.where("mlflow_run_id IS NOT NULL").select("mlflow_run_id").distinct()
+        return sorted(row[0] for row in found.collect())
 
     def _other_staging(self) -> list[str]:
         folder = f"{self._warehouse.root}/_staging"
         names = Files(self._warehouse.spark).names(folder)
         return [f"{folder}/{name}" for name in names if name != self._id]
+
+
+def _fact(
+    owner: Column | None = None, prompt: Column | None = None, term: Column | None = None
+) -> Column:
+    """Build one fact; what it does not say is null."""
+    nothing = F.lit(None)
+    return F.struct(
+        (nothing if owner is None else owner).alias("owner"),
+        (nothing if prompt is None else prompt).alias("prompt"),
+        (nothing if term is None else term).alias("term"),
+    ).cast(_FACT)
 
 
 def _union(frames: Iterable[DataFrame]) -> DataFrame:

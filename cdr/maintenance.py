@@ -229,12 +229,12 @@ def parse_interval(text: str) -> float:
 
 
 def cluster_column(table: Table) -> str | None:
-    """Give the column to sort a table's files by: the prompt in its key, if there is one.
+    """Give the column to sort a table's files by: the prompt's hash, if it has one.
 
-    That is what single rows are looked up, joined and forgotten by. None for `logprobs`: its
-    hashes are binary, of which Delta keeps no bounds to skip files by.
+    A prompt's rows then lie together, and a query for the hash skips the other files. Not by
+    `prompt_id`: the log would quote ids that are to be forgotten (`cdr.tables.INDEXED`).
     """
-    return next((name for name in ("prompt_id", "prompt_hash") if name in table.key), None)
+    return "prompt_hash" if "prompt_hash" in table.indexed() else None
 
 
 def compact(warehouse: Warehouse, table: Table, *, cluster: bool = False) -> None:

@@ -10,8 +10,9 @@ GPU does, and a store that is scored on both is no worse. Runs on the driver; lo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from cdr.config import content_hash
@@ -83,11 +84,12 @@ def resolve_models(reward: RewardSpec, *, only_used: bool = True) -> dict[str, R
         used.add("strong")
     problems: list[str] = []
     found: dict[str, ResolvedModel] = {}
+    find = cache(_find)  # models of a reward often share a folder, and its hash takes a while
     for role, spec in reward.models.items():
         if only_used and role not in used:
             continue
         try:
-            found[role] = _resolve(role, spec)
+            found[role] = _resolve(role, spec, find)
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
@@ -99,13 +101,23 @@ def resolve_models(reward: RewardSpec, *, only_used: bool = True) -> dict[str, R
     return found
 
 
-def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
+def _resolve(role: str, spec: ModelSpec, find: Callable[[Source], _Found]) -> ResolvedModel:
     where = f"models.{role}"
+
+    def find_named(source: Source) -> _Found:
+        try:
+            return find(source)
+        except ModelError as error:
+            key = f"{where}.adapter" if source.is_adapter else f"{where}.path"
+            raise ConfigError([f"{key}: {error.what}; {error.fix}"]) from error
+
     if spec.engine == "stub":
-        # A stub has no weights: it borrows the folder's tokenizer, and any text as its adapter
-        # makes another model of it.
+        # A stub has no weights: it borrows the folder's tokenizer, which stands for them, and any
+        # text as its adapter makes another model of it.
+        folder = Path(spec.path)
+        weights = hash_files(folder, _TOKENIZER_FILES) if folder.is_dir() else spec.path
         identity: dict[str, object] = {
-            "engine": "stub", "weights": spec.path, "adapter": spec.adapter, "extra": spec.extra
+            "engine": "stub", "weights": weights, "adapter": spec.adapter, "extra": spec.extra
         }  # fmt: skip
         return ResolvedModel(
             role,
@@ -114,7 +126,7 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
             _STUB_VOCABULARY,
             spec.path,
         )
-    model = _find(Source(spec.path, spec.revision, spec.checksum), where)
+    model = find_named(Source(spec.path, spec.revision, spec.checksum))
     dtype = resolve_dtype(spec.dtype)
     head_dtype = resolve_head_dtype(spec.head_dtype, engine=spec.engine, dtype=dtype)
     identity = {
@@ -132,7 +144,7 @@ def _resolve(role: str, spec: ModelSpec) -> ResolvedModel:
     adapter: _Found | None = None
     if spec.adapter is not None:
         source = Source(spec.adapter, spec.adapter_revision, spec.adapter_checksum, is_adapter=True)
-        adapter = _find(source, where)
+        adapter = find_named(source)
         identity["adapter"] = adapter.identity
     engine_spec = replace(
         _engine_spec(spec, identity, dtype, head_dtype),
@@ -179,26 +191,22 @@ class _Found:
     checksum: str | None
 
 
-def _find(source: Source, where: str) -> _Found:
+def _find(source: Source) -> _Found:
     """Find a model or an adapter; weights behind a URI are not read.
 
     Raises:
-        ConfigError: it is missing or unusable.
+        ModelError: it is missing or unusable.
     """
-    try:
-        folder = fetch_small_files(source.path, source.revision)
-        if source.revision is not None:
-            return _Found(folder, f"{source.path}@{source.revision}", source.checksum)
-        require_safetensors(list_names(source.path), source)
-        # Where the config says what a remote folder holds, only the nodes check: it is their copy.
-        content = source.checksum if is_copied(source.path) else None
-        content = content or hash_source(source)
-        if source.checksum not in (None, content):
-            raise wrong_checksum(source, content, source.path)
-        return _Found(folder, content, content)
-    except ModelError as error:
-        key = f"{where}.adapter" if source.is_adapter else f"{where}.path"
-        raise ConfigError([f"{key}: {error.what}; {error.fix}"]) from error
+    folder = fetch_small_files(source.path, source.revision)
+    if source.revision is not None:
+        return _Found(folder, f"{source.path}@{source.revision}", source.checksum)
+    require_safetensors(list_names(source.path), source)
+    # Where the config says what a remote folder holds, only the nodes check: it is their copy.
+    content = source.checksum if is_copied(source.path) else None
+    content = content or hash_source(source)
+    if source.checksum not in (None, content):
+        raise wrong_checksum(source, content, source.path)
+    return _Found(folder, content, content)
 
 
 def _vocab_size(config_file: Path, where: str) -> int:

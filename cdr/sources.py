@@ -19,7 +19,7 @@ from pyspark.sql import types as T
 
 from cdr.config import SourceSpec
 from cdr.errors import InputError
-from cdr.staging import hadoop_place
+from cdr.files import hadoop_place
 from cdr.unreadable import explain_unreadable
 
 

@@ -1,8 +1,7 @@
 """The folder of one run's intermediate tables: written once, read by later stages, then deleted.
 
-Parquet under `<warehouse>/_staging/<run_id>`, through Hadoop's file systems, so that a warehouse
-may lie anywhere Spark can write. A run that was killed leaves its folder; the next run on the same
-machine deletes it.
+Parquet under `<warehouse>/_staging/<run_id>`. A run that was killed leaves its folder; the next run
+on the same machine deletes it.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 
 from cdr.engines.owner import Owner
 from cdr.errors import TableError
+from cdr.files import Files
 
 _NOTE = "_owner.json"
 
@@ -57,16 +55,6 @@ class _Note:
         return self.host == socket.gethostname() and not self.owner.is_alive()
 
 
-def hadoop_place(place: str) -> str:
-    """Give the name by which Hadoop's file systems know a folder.
-
-    Databricks' readers and writers know a volume as `/Volumes/...`, but its Hadoop file system
-    refuses that path ("No operations allowed on this path"); it does know the mounted folder.
-    """
-    mounted = place.removeprefix("dbfs:")
-    return f"file:{mounted}" if mounted.startswith("/Volumes/") else place
-
-
 class Staging:
     """One run's folder.
 
@@ -77,20 +65,20 @@ class Staging:
     """
 
     def __init__(self, spark: SparkSession, root: str, run_id: str) -> None:
-        self._spark = spark
+        self._spark, self._files = spark, Files(spark)
         self._all = f"{root.rstrip('/')}/_staging"
         self._folder = f"{self._all}/{run_id}"
 
     def __enter__(self) -> Self:
         """Create the folder with a note of who works in it, and delete folders left behind."""
         self._remove_left()
-        self._write_note()
+        # Others see a whole note or none.
+        self._files.write_text(f"{self._folder}/{_NOTE}", _Note.of_this_process().render())
         return self
 
     def __exit__(self, *_: object) -> None:
         """Delete the folder."""
-        path = self._path(self._folder)
-        self._files(path).delete(path, True)
+        self._files.delete(self._folder)
 
     def write(self, name: str, rows: DataFrame) -> DataFrame:
         """Write rows once and give a read of them."""
@@ -106,38 +94,11 @@ class Staging:
 
         Folders of other machines' runs are left alone: nobody here can tell whether they live.
         """
-        staging = self._path(self._all)
-        files = self._files(staging)
-        if not files.exists(staging):
-            return
-        for status in files.listStatus(staging):
-            note = self._read_note(f"{status.getPath().toString()}/{_NOTE}")
-            # Without a readable note the folder may be that of a run that starts right now.
+        for name in self._files.names(self._all):
+            folder = f"{self._all}/{name}"
+            try:
+                note = _Note.parse(self._files.read_text(f"{folder}/{_NOTE}"))
+            except TableError:  # it may be the folder of a run that starts or ends right now
+                continue
             if note is not None and note.is_of_the_dead():
-                files.delete(status.getPath(), True)
-
-    def _write_note(self) -> None:
-        """Write the note so that others see a whole one or none."""
-        note, unfinished = (self._path(f"{self._folder}/{n}") for n in (_NOTE, f"{_NOTE}.new"))
-        files = self._files(note)
-        with closing(files.create(unfinished, True)) as stream:
-            stream.write(bytearray(_Note.of_this_process().render().encode()))
-        if not files.rename(unfinished, note):
-            raise TableError("the run's staging folder cannot be written", where=self._folder)
-
-    def _read_note(self, place: str) -> _Note | None:
-        path = self._path(place)
-        assert self._spark._jvm is not None
-        try:
-            with closing(self._files(path).open(path)) as stream:
-                text = self._spark._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
-        except Py4JJavaError:  # there is none, its run has just ended, or it is damaged
-            return None
-        return _Note.parse(text)
-
-    def _path(self, place: str) -> Any:
-        assert self._spark._jvm is not None
-        return self._spark._jvm.org.apache.hadoop.fs.Path(hadoop_place(place))
-
-    def _files(self, path: Any) -> Any:
-        return path.getFileSystem(self._spark._jsc.hadoopConfiguration())
+                self._files.delete(folder)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from cdr.text_table import render_table
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -164,18 +166,23 @@ class Summary:
             ),
             f"{'wall time':<12}{self.wall_s:>8,.0f}s   of it scoring {self.scoring_s:,.0f}s",
             "",
-            f"{'domain':<12}{'prompts':>9}{'pairs':>8}{'margin p50':>12}{'reward p50':>12}"
-            f"{'chosen tok':>12}{'rejected tok':>14}{'chosen longer':>15}",
         ]
-        for name, domain in self.domains.items():
-            lines.append(
-                f"{name:<12}{domain.prompts:>9,}{domain.pairs:>8,}"
-                f"{_number(_median(domain.margin_quantiles)):>12}"
-                f"{_number(_median(domain.reward_quantiles)):>12}"
-                f"{_number(domain.chosen_tokens):>12}{_number(domain.rejected_tokens):>14}"
-                f"{'-' if domain.chosen_longer is None else f'{domain.chosen_longer:.0%}':>15}"
+        header = ("domain", "prompts", "pairs", "margin p50", "reward p50", "chosen tok",
+                  "rejected tok", "chosen longer")  # fmt: skip
+        rows = [
+            (
+                name,
+                domain.prompts,
+                domain.pairs,
+                _tenths(_median(domain.margin_quantiles)),
+                _tenths(_median(domain.reward_quantiles)),
+                _tenths(domain.chosen_tokens),
+                _tenths(domain.rejected_tokens),
+                None if domain.chosen_longer is None else f"{domain.chosen_longer:.0%}",
             )
-        return "\n".join(line.rstrip() for line in lines)
+            for name, domain in self.domains.items()
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), *render_table(header, rows)])
 
 
 def summarize(
@@ -282,5 +289,5 @@ def _median(quantiles: tuple[float, ...]) -> float | None:
     return quantiles[len(quantiles) // 2] if quantiles else None
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _tenths(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)

@@ -14,6 +14,12 @@ SCHEMA_VERSION = 1
 VERSION_PROPERTY = "cdr.schemaVersion"
 """Property of a Delta table that holds its `SCHEMA_VERSION`."""
 
+INDEXED = ("prompt_hash", "run_id")
+"""Columns of which Delta's log keeps the least and greatest value of every file: to skip files by.
+
+Hashes and run ids alone: a log outlives the rows that it speaks of by a month (`cdr.forgetting`).
+"""
+
 MESSAGES = T.ArrayType(
     T.StructType([T.StructField("role", T.StringType()), T.StructField("content", T.StringType())])
 )
@@ -49,6 +55,10 @@ class Table:
     def names(self) -> list[str]:
         """Give the column names in order."""
         return [name for name, _, _ in self.columns]
+
+    def indexed(self) -> list[str]:
+        """Give the columns that files are skipped by."""
+        return [name for name in INDEXED if name in self.names()]
 
 
 _DDL_MESSAGES = "array<struct<role: string, content: string>>"

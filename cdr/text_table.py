@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_PERCENTAGE = re.compile(r"-?[\d.]+%")
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lay out a table in columns: numbers to the right, None as `-`.
+    """Lay out a table in columns: numbers and percentages to the right, None as `-`.
 
     Args:
         header: a name per column.
@@ -19,10 +21,7 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> lis
     """
     texts = [[_text(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *texts, strict=True)]
-    right = [
-        bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
-        for i in range(len(header))
-    ]
+    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(header))]
     return [
         "  ".join(
             text.rjust(width) if to_right else text.ljust(width)
@@ -41,6 +40,12 @@ def format_bytes(number: float) -> str:
     if unit == 0:
         return f"{size:.0f} B"
     return f"{size:.{2 if abs(size) < 9.995 else 1 if abs(size) < 99.95 else 0}f} {_UNITS[unit]}"
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, str):
+        return _PERCENTAGE.fullmatch(value) is not None
+    return value is None or isinstance(value, int | float)
 
 
 def _text(value: object) -> str:

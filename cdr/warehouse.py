@@ -238,6 +238,7 @@ class Warehouse:
             builder = builder.tableName(place)
         builder = builder.addColumns(table.schema()).comment(table.grain)
         builder = builder.property(VERSION_PROPERTY, str(SCHEMA_VERSION))
+        builder = builder.property("delta.dataSkippingStatsColumns", ",".join(table.indexed()))
         if table.partitioned_by:
             builder = builder.partitionedBy(*table.partitioned_by)
         builder.execute()

@@ -51,30 +51,38 @@ class Place:
             return forgetting.carry_out(forgetting.plan())
 
 
-@pytest.fixture
-def place(spark: SparkSession, annotated: Annotated, tmp_path: Path) -> Place:
-    copy = annotated.copy(tmp_path)
+@pytest.fixture(scope="module")
+def whole(
+    spark: SparkSession, annotated: Annotated, tmp_path_factory: pytest.TempPathFactory
+) -> Annotated:
+    """The annotated warehouse with samples and verdicts, only to be read."""
+    copy = annotated.copy(tmp_path_factory.mktemp("whole"))
     warehouse = Warehouse(spark, str(copy.warehouse))
     rewards = {row["prompt_id"]: row for row in copy.rows("rewards")}
     sampled = [
         {
-            "dataset": "demo", "prompt_id": name, "completion_id": f"{name}-1", "domain": None,
+            "dataset": "demo", "prompt_id": name, "completion_id": f"{name}-1",
             "prompt": rewards[name]["prompt"], "completion": "as sampled",
             "finish_reason": "stop", "num_tokens": 2, "seed": 1, "sampling_key": "k",
             "run_id": "r",
         }
         for name in ("p0", "p5", "twin")
     ]  # fmt: skip
-    rows = [tuple(row[name] for name in COMPLETIONS.names()) for row in sampled]
-    warehouse.append(COMPLETIONS, spark.createDataFrame(rows, COMPLETIONS.schema()))
     key = {"dataset": "demo", "reward_key": "k"}
     for table, known in (
+        (COMPLETIONS, sampled),
         (BENCHMARK_PAIRS, [{**key, "prompt_id": name} for name in ("p0", "p5", "twin")]),
         (BENCHMARK_RESULTS, [{**key, "level": "overall"}]),
     ):
         values = [tuple(row.get(name) for name in table.names()) for row in known]
-        warehouse.append(table, spark.createDataFrame(values, table.schema()))
-    return Place(copy, warehouse)
+        warehouse.append(table, spark.createDataFrame(values, table.schema()).coalesce(1))
+    return copy
+
+
+@pytest.fixture
+def place(spark: SparkSession, whole: Annotated, tmp_path: Path) -> Place:
+    copy = whole.copy(tmp_path)
+    return Place(copy, Warehouse(spark, str(copy.warehouse)))
 
 
 def keys_of(rewards: list[dict[str, Any]]) -> set[Key]:
@@ -185,6 +193,19 @@ def test_the_receipt_names_the_versions_that_still_hold_the_rows_and_until_when(
     )
 
 
+def test_the_logs_of_the_tables_quote_hashes_and_run_ids_alone(whole: Annotated) -> None:
+    quoted: dict[str, set[str]] = {}
+    for file in whole.warehouse.glob("*/_delta_log/*.json"):
+        added = [json.loads(line).get("add") for line in file.read_text().splitlines()]
+        for stats in (json.loads(entry["stats"]) for entry in added if entry):
+            found = quoted.setdefault(file.parts[-3], set())
+            for kind in ("minValues", "maxValues"):
+                found |= set(stats.get(kind, {}))
+    assert set(quoted) == {table.name for table in TABLES}
+    assert quoted.pop("rewards") == {"prompt_hash", "run_id"}
+    assert all(names <= {"prompt_hash", "run_id"} for names in quoted.values())
+
+
 def test_a_dry_run_says_what_would_go_and_nothing_goes(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,8 +296,8 @@ def test_rows_marked_as_deleted_are_taken_out_of_the_tables_files(
     assert [row["prompt_id"] for row in spark.read.parquet(*files).collect()] == ["p6"]
 
 
-def test_without_ids_nothing_is_done(place: Place, tmp_path: Path) -> None:
-    command = ["forget", "--warehouse", str(place.annotated.warehouse)]
+def test_without_ids_nothing_is_done(whole: Annotated, tmp_path: Path) -> None:
+    command = ["forget", "--warehouse", str(whole.warehouse)]
     with pytest.raises(InputError, match="no prompt ids"):
         main(command)
     with pytest.raises(InputError, match="cannot be read"):

@@ -17,8 +17,6 @@ from cdr.staging import Staging
 
 
 def edit(note: Path, **changes: Any) -> None:
-    # The file system's own checksum of what was there before would make the note unreadable.
-    note.with_name(f".{note.name}.crc").unlink(missing_ok=True)
     note.write_text(json.dumps({**json.loads(note.read_text()), **changes}))
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from cdr import models
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel, resolve_models
 from cdr.reward_config import ModelSpec, RewardSpec
+from cdr.weights import Source
 
 
 def make_folder(path: Path, weights: bytes = b"weights", **config: Any) -> Path:
@@ -71,6 +73,38 @@ def test_a_tokenizer_changes_its_own_hash_and_not_the_model_key(tmp_path: Path) 
     (folder / "tokenizer.json").write_text('{"changed": true}')
     after = resolve(folder)
     assert (after.model_key, after.tokenizer_hash() == tokenizer) == (key, False)
+
+
+def test_a_stub_is_known_by_its_tokenizer_wherever_that_lies(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m")
+    key = resolve(folder, engine="stub").model_key
+    assert resolve(make_folder(tmp_path / "moved", b"other"), engine="stub").model_key == key
+    (folder / "tokenizer.json").write_text('{"changed": true}')
+    assert resolve(folder, engine="stub").model_key != key
+
+
+def test_a_folder_of_several_models_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Source] = []
+
+    def hash_source(source: Source) -> str:
+        hashed.append(source)
+        return "0" * 64
+
+    monkeypatch.setattr(models, "hash_source", hash_source)
+    path, adapter = str(make_folder(tmp_path / "m")), str(make_adapter(tmp_path / "a"))
+    reward = RewardSpec(
+        name="r",
+        models={
+            "strong": ModelSpec(path=path, adapter=adapter, tuned_from="weak"),
+            "weak": ModelSpec(path=path),
+        },
+        routing={"mode": "none"},  # type: ignore[arg-type]
+    )
+    found = resolve_models(reward)
+    assert found["strong"].model_key != found["weak"].model_key
+    assert [source.path for source in hashed] == [path, adapter]
 
 
 def test_every_model_that_is_missing_is_named_at_once(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import yaml
 from cdr import text_files
 from cdr.config import load_annotate_config
 from cdr.errors import ConfigError
+from cdr.files import hadoop_place
 from cdr.prompt_pack import load_prompt_pack
 from cdr.reward_config import load_reward_config
-from cdr.staging import hadoop_place
 from cdr.text_files import is_uri, package_conf, read_text, resolve_beside
 
 ROOT = Path(__file__).resolve().parents[2]

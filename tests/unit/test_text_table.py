@@ -8,10 +8,11 @@ from cdr.text_table import format_bytes, render_table
 
 
 def test_numbers_stand_to_the_right_and_nothing_is_a_dash() -> None:
-    assert render_table(("name", "rows"), [("a", 1234), ("longer", None)]) == [
-        "name     rows",
-        "a       1,234",
-        "longer      -",
+    rows = [("a", 1234, 2.5, "7%"), ("longer", None, -10.0, "100%")]
+    assert render_table(("name", "rows", "mean", "share"), rows) == [
+        "name     rows   mean  share",
+        "a       1,234    2.5     7%",
+        "longer      -  -10.0   100%",
     ]
 
 

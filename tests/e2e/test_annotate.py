@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import os
 import re
 import subprocess
 import sys
@@ -247,27 +246,3 @@ def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
     assert all(pair["prompt_id"] in page for pair in tables["preferences"])
     kept = [job.warehouse / "mlflow.db", *artifacts.iterdir()]
     assert not any(b"Question" in file.read_bytes() for file in kept), "a prompt was logged"
-
-
-def test_spark_sql_reads_what_another_reader_sees(make_job: Callable[..., Job]) -> None:
-    job = make_job(make_rows(range(3), range(2)))
-    code, output = job.run()
-    assert code == 0, output
-    query = f"SELECT prompt_id, chosen_id FROM delta.`{job.warehouse}/preferences`"
-    done = subprocess.run(
-        [
-            str(Path(sys.executable).parent / "spark-sql"),
-            "--properties-file",
-            str(ROOT / "conf/cluster/local.conf"),
-            "-e",
-            query,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=job.warehouse.parent,
-        env={**os.environ, "PYSPARK_PYTHON": sys.executable},
-    )
-    assert done.returncode == 0, done.stderr
-    printed = {tuple(line.split("\t")) for line in done.stdout.splitlines() if "\t" in line}
-    assert printed == {(row["prompt_id"], row["chosen_id"]) for row in job.rows("preferences")}

@@ -15,14 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 from deltalake import DeltaTable
-from transformers import AutoTokenizer
 
 from tests.e2e.conftest import Job, descendants, make_rows
 
 SLOW = {"delay_s_per_token": 0.01}  # about 0.15 s per completion: waves last seconds
 PROMPTS, CANDIDATES = 24, 2
+# A run takes a whole JVM, so that tests kill one after the other on the same tables.
+pytestmark = pytest.mark.timeout(1800)
 
 
 def wait_for(
@@ -43,9 +43,15 @@ def wait_for(
     pytest.fail("timed out")
 
 
-def in_second_wave(job: Job, process: subprocess.Popen[str]) -> None:
-    """Wait until one wave is committed (creating the table is commit 0) and the next one runs."""
-    wait_for(lambda: job.commits("logprobs") >= 2, process, 240)
+def in_next_wave(job: Job, process: subprocess.Popen[str], commits: int = 0) -> None:
+    """Wait until a wave is committed and the next one runs.
+
+    Args:
+        job: the job.
+        process: its run.
+        commits: of `logprobs` before that wave; creating the table is one.
+    """
+    wait_for(lambda: job.commits("logprobs") > max(commits, 1), process, 240)
     wait_for(lambda: descendants(process)["host"], process, 60)
     time.sleep(1.0)
 
@@ -75,35 +81,73 @@ def counts(run: dict[str, Any]) -> dict[str, int]:
 
 def slow_job(make_job: Callable[..., Job]) -> Job:
     rows = make_rows(range(PROMPTS), range(CANDIDATES))
-    return make_job(rows, SLOW, wave_tokens=1500, request_tokens=256)
+    return make_job(rows, SLOW, wave_tokens=700, request_tokens=256)
 
 
-@pytest.mark.parametrize("victim", ["driver", "jvm"])
-def test_a_run_killed_in_a_wave_is_finished_by_the_next_with_rows_that_came_in_between(
-    make_job: Callable[..., Job], victim: str
-) -> None:
-    job = slow_job(make_job)
+def kill_in_second_wave(job: Job, victim: str) -> None:
+    """Start a run, kill one of its processes in its second wave; its engine host must end too."""
+    commits = job.commits("logprobs")
     process = job.start()
-    in_second_wave(job, process)
+    in_next_wave(job, process, commits)
     processes = descendants(process)
-    host = processes["host"][0]
     processes[victim][0].send_signal(signal.SIGKILL)
     process.wait(60)
-    gone, alive = psutil.wait_procs([host], timeout=20)
+    gone, alive = psutil.wait_procs([processes["host"][0]], timeout=20)
     assert gone
     assert not alive, "an engine host outlived its executor"
 
+
+def test_runs_that_are_killed_or_stopped_in_a_wave_are_finished_by_the_next(
+    make_job: Callable[..., Job],
+) -> None:
+    job = slow_job(make_job)
+    everything = 2 * PROMPTS * (CANDIDATES + 1)
+    kill_in_second_wave(job, "driver")
     committed = len(job.rows("logprobs"))
     assert 0 < committed < 2 * PROMPTS * CANDIDATES
     # A third candidate for every prompt, also for those whose bucket was finished.
     job.add_rows(make_rows(range(PROMPTS), range(CANDIDATES, CANDIDATES + 1)))
+    kill_in_second_wave(job, "jvm")
+    assert committed < len(job.rows("logprobs")) < everything
+
+    # What tasks can do without is killed under a run; then it is asked to end.
+    committed, commits = len(job.rows("logprobs")), job.commits("logprobs")
+    process = job.start()
+    wait_for(lambda: descendants(process)["host"], process, 240)
+    time.sleep(1.0)
+    wait_for(lambda: descendants(process)["worker"], process, 30)[0].kill()
+    in_next_wave(job, process, commits)
+    wait_for(lambda: descendants(process)["host"], process, 30)[0].kill()
+    in_next_wave(job, process, commits + 1)
+    process.terminate()  # the JVM, as YARN or a shell would
+    code, output = job.end(process, timeout_s=120)
+    assert code == 4, output
+    assert "stopped: SIGTERM" in output
+    stopped = last_run(job)
+    assert stopped["outcome"] == "stopped"
+    assert stopped["ended_at"] is not None
+    scored = len(job.rows("logprobs")) - committed
+    assert counts(stopped)["logprobs_scored"] == scored
+    committed += scored
+    assert committed < everything
+
     code, output = job.run()
     assert code == 0, output
     assert_complete(job, PROMPTS * (CANDIDATES + 1))
-    assert counts(last_run(job))["logprobs_scored"] == 2 * PROMPTS * (CANDIDATES + 1) - committed
-    killed = min(job.rows("runs"), key=lambda row: row["started_at"])
-    assert (killed["outcome"], killed["ended_at"]) == ("running", None)
-    assert not list((job.warehouse / "_staging").iterdir()), "the dead run's staging was left"
+    assert counts(last_run(job))["logprobs_scored"] == everything - committed
+    runs = sorted(job.rows("runs"), key=lambda row: row["started_at"])
+    assert [(run["outcome"], run["ended_at"]) for run in runs[:2]] == [("running", None)] * 2
+    assert [run["outcome"] for run in runs[2:]] == ["stopped", "done"]
+    assert not list((job.warehouse / "_staging").iterdir()), "a dead run's staging was left"
+
+    pairs = {row["prompt_id"]: row["chosen_id"] for row in job.rows("preferences")}
+    assert len(pairs) == PROMPTS
+    code, output = job.run()
+    assert code == 0, output
+    assert f"nothing to score, all {everything} were in the store" in output
+    assert counts(last_run(job))["logprobs_scored"] == 0
+    assert_complete(job, PROMPTS * (CANDIDATES + 1))
+    assert {row["prompt_id"]: row["chosen_id"] for row in job.rows("preferences")} == pairs
 
 
 def has_staged(job: Job, name: str) -> bool:
@@ -130,66 +174,37 @@ def freeze_at(process: subprocess.Popen[str], instant: Callable[[], bool]) -> No
         process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize(
-    ("instant", "is_scoring_over"),
-    [
-        (partial(has_staged, name="candidates"), False),
-        (partial(has_staged, name="work"), False),
-        (partial(has_staged, name="scored"), False),
-        (partial(is_committing, table="logprobs"), False),
-        (partial(is_committing, table="rewards"), True),
-        (partial(is_committing, table="preferences"), True),
-    ],
-    ids=["reading", "planning", "staging a wave", "committing a wave", "rewards", "preferences"],
-)
-def test_a_run_killed_at_any_instant_is_finished_by_the_next(
-    make_job: Callable[..., Job], instant: Callable[[Job], bool], is_scoring_over: bool
+# In the order in which a run comes to them: what a killed run has left must not look like the next.
+INSTANTS: dict[str, tuple[Callable[[Job], bool], bool]] = {
+    "reading": (partial(has_staged, name="candidates"), False),
+    "planning": (partial(has_staged, name="work"), False),
+    "staging a wave": (partial(has_staged, name="scored"), False),
+    "committing a wave": (partial(is_committing, table="logprobs"), False),
+    "rewards": (partial(is_committing, table="rewards"), True),
+    "preferences": (partial(is_committing, table="preferences"), True),
+}
+"""Instants, and whether all is scored by then."""
+
+
+def test_runs_killed_at_one_instant_after_the_other_lose_nothing_and_double_nothing(
+    make_job: Callable[..., Job],
 ) -> None:
     job = make_job(make_rows(range(8), range(2)), wave_tokens=400)
-    process = job.start()
-    freeze_at(process, lambda: instant(job))
-    process.kill()
-    process.wait(60)
-    committed = len(job.rows("logprobs")) if job.commits("logprobs") else 0
-    assert (committed == 2 * 8 * 2) == is_scoring_over
+    committed = 0
+    for name, (instant, is_scoring_over) in INSTANTS.items():
+        process = job.start()
+        freeze_at(process, partial(instant, job))
+        process.kill()
+        process.wait(60)
+        before, rows = committed, job.rows("logprobs") if job.commits("logprobs") else []
+        committed = len(rows)
+        assert len(set(map(key_of, rows))) == committed >= before, name
+        assert (committed == 2 * 8 * 2) == is_scoring_over, name
     code, output = job.run()
     assert code == 0, output
     assert_complete(job, 8 * 2)
-    assert counts(last_run(job))["logprobs_scored"] == 2 * 8 * 2 - committed
+    assert counts(last_run(job))["logprobs_scored"] == 0
     assert len(job.rows("preferences")) == 8
-
-
-@pytest.mark.parametrize("victim", ["worker", "host"])
-def test_a_run_whose_worker_or_engine_host_is_killed_goes_on(
-    make_job: Callable[..., Job], victim: str
-) -> None:
-    job = slow_job(make_job)
-    process = job.start()
-    in_second_wave(job, process)
-    wait_for(lambda: descendants(process)[victim], process, 30)[0].send_signal(signal.SIGKILL)
-    code, output = job.end(process, timeout_s=300)
-    assert code == 0, output
-    assert_complete(job, PROMPTS * CANDIDATES)
-
-
-def test_sigterm_ends_a_run_in_good_order_and_the_next_goes_on(
-    make_job: Callable[..., Job],
-) -> None:
-    job = slow_job(make_job)
-    process = job.start()
-    in_second_wave(job, process)
-    process.terminate()  # the JVM, as YARN or a shell would
-    code, output = job.end(process, timeout_s=120)
-    assert code == 4, output
-    assert "stopped: SIGTERM" in output
-    stopped = last_run(job)
-    assert stopped["outcome"] == "stopped"
-    assert stopped["ended_at"] is not None
-    committed = len(job.rows("logprobs"))
-    code, output = job.run()
-    assert code == 0, output
-    assert_complete(job, PROMPTS * CANDIDATES)
-    assert counts(last_run(job))["logprobs_scored"] == 2 * PROMPTS * CANDIDATES - committed
 
 
 def start_with_time_to_plan(job: Job) -> tuple[subprocess.Popen[str], psutil.Process, float]:
@@ -261,7 +276,7 @@ def test_a_full_disk_is_named_and_what_was_committed_is_built_upon_when_there_is
     job.warehouse = small_disk / "warehouse"
     elsewhere = ("--set", f"warehouse={job.warehouse}")
     process = job.start(*elsewhere)
-    in_second_wave(job, process)
+    in_next_wave(job, process)
     keep_full(small_disk / "ballast", process)
     code, output = job.end(process, timeout_s=240)
     assert code == 1, output
@@ -276,40 +291,3 @@ def test_a_full_disk_is_named_and_what_was_committed_is_built_upon_when_there_is
     after = {key_of(row): row for row in job.rows("logprobs")}
     assert {key: after[key] for key in committed} == committed
     assert counts(last_run(job))["logprobs_scored"] == len(after) - len(committed)
-
-
-def test_a_second_run_scores_nothing_and_changes_no_row(make_job: Callable[..., Job]) -> None:
-    job = make_job(make_rows(range(4), range(3)))
-    code, output = job.run()
-    assert code == 0, output
-    first = {row["prompt_id"]: row["chosen_id"] for row in job.rows("preferences")}
-    assert len(first) == 4
-    code, output = job.run()
-    assert code == 0, output
-    assert "nothing to score, all 24 were in the store" in output
-    assert counts(last_run(job))["logprobs_scored"] == 0
-    assert {row["prompt_id"]: row["chosen_id"] for row in job.rows("preferences")} == first
-
-
-def test_completions_that_cannot_be_scored_fail_alone_and_the_exit_code_says_so(
-    make_job: Callable[..., Job],
-) -> None:
-    rows = make_rows(range(6), range(2))
-    rows[3]["completion"] += " zebra"  # kills the strong engine
-    rows[8]["completion"] += " piano"  # gives it NaN
-    job = make_job(rows)
-    config = yaml.safe_load(job.config.read_text())
-    strong = config["reward"]["models"]["strong"]
-    tokenizer = AutoTokenizer.from_pretrained(strong["path"])
-    (zebra,), (piano,) = (tokenizer.encode(word)[-1:] for word in (" zebra", " piano"))
-    strong["extra"] = {"kill_token": zebra, "nan_token": piano}
-    job.config.write_text(yaml.safe_dump(config))
-    code, output = job.run()
-    assert code == 3, output
-    failed = {r["completion_id"]: r["error"] for r in job.rows("rewards") if r["status"] != "ok"}
-    assert set(failed) == {rows[3]["completion_id"], rows[8]["completion_id"]}
-    assert failed[rows[3]["completion_id"]].startswith("engine_died_twice")
-    assert failed[rows[8]["completion_id"]].startswith("non_finite_logprob")
-    assert len(job.rows("rewards")) == 12
-    assert len(job.rows("logprobs")) == 2 * 12 - 2, "only scores are stored"
-    assert last_run(job)["outcome"] == "over_threshold"

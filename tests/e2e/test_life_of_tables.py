@@ -1,4 +1,4 @@
-"""After an annotate job: its pairs are exported and a person is forgotten, as users do it."""
+"""After an annotate job: its pairs are queried, exported, and a person is forgotten."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 from tests.e2e.conftest import ROOT, Job, make_rows
 
 
-def submit(script: str, *arguments: str, cwd: Path) -> str:
-    """Run a job that ends well, and give what it printed."""
+def run(program: str, *arguments: str, cwd: Path) -> str:
+    """Run a program of Spark's that ends well, and give what it printed."""
     command = [
-        str(Path(sys.executable).parent / "spark-submit"),
-        *("--properties-file", str(ROOT / "conf/cluster/local.conf")),
-        *(str(ROOT / "jobs" / script), *arguments),
+        str(Path(sys.executable).parent / program),
+        *("--properties-file", str(ROOT / "conf/cluster/local.conf"), *arguments),
     ]
     done = subprocess.run(
         command,
@@ -31,12 +30,21 @@ def submit(script: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_pairs_are_exported_and_a_forgotten_prompt_is_in_no_table(
+def submit(script: str, *arguments: str, cwd: Path) -> str:
+    return run("spark-submit", str(ROOT / "jobs" / script), *arguments, cwd=cwd)
+
+
+def test_pairs_are_queried_and_exported_and_a_forgotten_prompt_is_in_no_table(
     make_job: Callable[..., Job],
 ) -> None:
     job = make_job(make_rows(range(6), range(3)))
     code, output = job.run()
     assert code == 0, output
+    query = f"SELECT prompt_id, chosen_id FROM delta.`{job.warehouse}/preferences`"
+    lines = run("spark-sql", "-e", query, cwd=job.warehouse.parent).splitlines()
+    printed = {tuple(line.split("\t")) for line in lines if "\t" in line}
+    assert printed == {(row["prompt_id"], row["chosen_id"]) for row in job.rows("preferences")}
+
     # Relative to the working directory, as on the pages.
     folder, place = job.warehouse.parent, ("--warehouse", job.warehouse.name)
     printed = submit("export.py", *place, "--dataset", "test", "--to", "out/pairs", cwd=folder)

@@ -1,6 +1,7 @@
 """A small warehouse as runs leave it: three rewards over one dataset, by the stages, on stubs.
 
-Made once per session (`annotated` in conftest); tests that change something work on a `copy`.
+Made once for all processes of a test session (`annotated` in conftest); tests that change something
+work on a `copy`.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ def annotate_small(spark: SparkSession, folder: Path) -> Annotated:
             "pairs": {"min_margin": 0.05, "validation_fraction": 0.3},
             "run": {"max_rejected_fraction": 1, "store_token_logprobs": True},
             "tracking": {"enabled": False},
+            "report": {"enabled": False},
         }
         plan = plan_annotation(AnnotateConfig.model_validate(config))
         assert annotate(plan, warehouse) == 0

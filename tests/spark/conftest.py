@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,4 +53,15 @@ def _end_jvm() -> None:
 @pytest.fixture(scope="package")
 def annotated(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Annotated:
     """A small annotated warehouse, only to be read; `copy` gives one to change."""
-    return annotate_small(spark, tmp_path_factory.mktemp("annotated"))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the same for all workers: the first one makes it, the others wait
+    folder, done = base / "annotated", base / "annotated.done"
+    with (base / "annotated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            annotate_small(spark, folder)
+            done.touch()
+    return Annotated(folder / "warehouse", folder / "input.jsonl")

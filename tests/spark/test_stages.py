@@ -212,6 +212,31 @@ def test_a_prompt_whose_route_failed_is_failed_and_not_remembered(
         assert reward["error"] == "router: non_finite_logprob"
 
 
+def test_completions_that_cannot_be_scored_fail_alone_and_the_exit_code_says_so(
+    spark: SparkSession, tmp_path: Path, tokenizers: dict[str, Path]
+) -> None:
+    rows = make_rows([None] * 6)
+    rows[3]["completion"] += " zebra"  # kills the strong engine
+    rows[8]["completion"] += " piano"  # gives it NaN
+    tokenizer = make_smollm2()
+    (zebra,), (piano,) = (tokenizer.encode(word)[-1:] for word in (" zebra", " piano"))
+    knobs = {"kill_token": zebra, "nan_token": piano}
+    folder = tokenizers["smollm2"]
+    models = {"strong": stub(folder, "strong", extra=knobs), "weak": stub(folder, "weak")}
+    plan = make_plan(tmp_path, rows, {"models": models, "routing": {"mode": "none"}})
+    warehouse = Warehouse(spark, plan.config.warehouse)
+    assert annotate(plan, warehouse) == 3
+    rewards = collect(warehouse, REWARDS)
+    failed = {row["completion_id"]: row["error"] for row in rewards if row["status"] != "ok"}
+    assert set(failed) == {rows[3]["completion_id"], rows[8]["completion_id"]}
+    assert failed[rows[3]["completion_id"]].startswith("engine_died_twice")
+    assert failed[rows[8]["completion_id"]].startswith("non_finite_logprob")
+    assert len(rewards) == 12
+    assert len(collect(warehouse, LOGPROBS)) == 2 * 12 - 2, "only scores are stored"
+    (run,) = collect(warehouse, RUNS)
+    assert run["outcome"] == "over_threshold"
+
+
 @dataclass(frozen=True)
 class Done:
     """A run that is over: its plan and what it left, read at once."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -253,22 +254,25 @@ def summarize(
             rejected_tokens=pair["rejected_tokens"] if pair else None,
             chosen_longer=pair["chosen_longer"] if pair else None,
         )
-    rejected = _counts(rejects.groupBy("reason").count())
     ok, failed = sum(row["ok"] for row in by_domain), sum(row["failed"] for row in by_domain)
-    routed = rewards.groupBy(F.coalesce("domain_source", F.lit("not routed"))).agg(
-        F.countDistinct("prompt_id")
+    source = F.coalesce("domain_source", F.lit("not routed"))
+    counts = _count_distinct(
+        routed=rewards.select(source, "prompt_id"),
+        rejected=rejects.select("reason", "source_row"),
+        no_pair=unpaired.select("reason", "prompt_id"),
     )
+    rejected = counts["rejected"]
     return Summary(
         candidates=ok + failed + sum(rejected.values()),
         ok=ok,
         failed=failed,
         rejected=rejected,
         domains=domains,
-        routed=_counts(routed),
+        routed=counts["routed"],
         asked=asked,
         scored=scored,
         pairs=sum(row["pairs"] for row in by_pair.values()),
-        no_pair=_counts(unpaired.groupBy("reason").count()),
+        no_pair=counts["no_pair"],
         length_fallbacks=sum(row["fallbacks"] for row in by_pair.values()),
         tokens=tokens,
         scoring_s=scoring_s,
@@ -277,8 +281,15 @@ def summarize(
     )
 
 
-def _counts(grouped: DataFrame) -> dict[str, int]:
-    return {str(name): count for name, count in sorted(grouped.collect(), key=str)}
+def _count_distinct(**frames: DataFrame) -> dict[str, dict[str, int]]:
+    """Count in one pass over frames of a name and a key: distinct keys by frame and name."""
+    parts = [rows.toDF("name", "key").withColumn("kind", F.lit(k)) for k, rows in frames.items()]
+    union = reduce(DataFrame.unionByName, parts)
+    counted = union.groupBy("kind", "name").agg(F.count_distinct("key").alias("keys"))
+    found: dict[str, dict[str, int]] = {kind: {} for kind in frames}
+    for row in sorted(counted.collect(), key=lambda row: str(row["name"])):
+        found[row["kind"]][str(row["name"])] = row["keys"]
+    return found
 
 
 def _listed(counts: Mapping[str, int]) -> str:

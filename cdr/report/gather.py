@@ -279,10 +279,19 @@ def _read_pairs(pairs: DataFrame, per_domain: int) -> tuple[list[Row], list[Row]
             F.when(F.col("nth") <= per_domain, F.col("prompt")).alias("prompt"),
         )
     )
+    unsure = (
+        pairs.select(_domain(), F.lit(None).cast("int").alias("nth"), *narrow, "prompt")
+        .orderBy("margin", "prompt_id")
+        .limit(UNSURE_PAIRS)
+    )
     # At most _SCATTER rows per domain, and a page's worth of texts.
-    sample = sorted(drawn.collect(), key=lambda row: (row["domain"], row["nth"]))
-    least_sure = pairs.withColumn("domain", _domain()).select("domain", *narrow, "prompt")
-    return sample, least_sure.orderBy("margin", "prompt_id").limit(UNSURE_PAIRS).collect()
+    found = drawn.unionByName(unsure).collect()
+    sample = [row for row in found if row["nth"] is not None]
+    least_sure = [row for row in found if row["nth"] is None]
+    return (
+        sorted(sample, key=lambda row: (row["domain"], row["nth"])),
+        sorted(least_sure, key=lambda row: (row["margin"], row["prompt_id"])),
+    )
 
 
 def _read_candidates(rewards: DataFrame, pairs: Sequence[Row]) -> dict[Side, Row]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Self
 
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from cdr.commits import MAX_TRIES
 from cdr.tables import RUNS
@@ -73,7 +73,8 @@ class RunLog:
         self._warehouse = warehouse
         self._interval_s = interval_s
         self.record = record
-        self._write()
+        self._next_write = time.monotonic() + interval_s
+        warehouse.append(RUNS, self._row())  # a new run's id: there is nothing to replace
 
     def update(self, **changes: Any) -> None:
         """Change fields of the record; write it if the last write is long enough ago.
@@ -99,12 +100,15 @@ class RunLog:
 
     def _write(self, max_tries: int = MAX_TRIES) -> None:
         self._next_write = time.monotonic() + self._interval_s
+        run_id = self.record.run_id
+        self._warehouse.replace(RUNS, self._row(), max_tries=max_tries, run_id=run_id)
+
+    def _row(self) -> DataFrame:
         values = {name: getattr(self.record, name) for name in RUNS.names()}
         values["counts"] = dict(values["counts"])
         values["input_versions"] = dict(values["input_versions"])
         row = [tuple(values[name] for name in RUNS.names())]
-        frame = self._warehouse.spark.createDataFrame(row, RUNS.schema())
-        self._warehouse.replace(RUNS, frame, max_tries=max_tries, run_id=self.record.run_id)
+        return self._warehouse.spark.createDataFrame(row, RUNS.schema())
 
 
 @dataclass

@@ -158,6 +158,8 @@ class ScoringRun(JobRun):
 
     def _log_outputs(self, tables: Sequence[Table]) -> None:
         """Record the tables that the run wrote, at their versions."""
+        if self.mlflow_run_id is None:
+            return  # a version takes a Spark job to read
         for table in tables:
             written = self._warehouse.version(table)
             if written is not None:

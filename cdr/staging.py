@@ -82,8 +82,10 @@ class Staging:
 
     def write(self, name: str, rows: DataFrame) -> DataFrame:
         """Write rows once and give a read of them."""
-        rows.write.mode("overwrite").parquet(f"{self._folder}/{name}")
-        return self.read(name)
+        place = f"{self._folder}/{name}"
+        rows.write.mode("overwrite").parquet(place)
+        # With the schema at hand Spark need not start a job to look for it in the files.
+        return self._spark.read.schema(rows.schema).parquet(place)
 
     def read(self, name: str) -> DataFrame:
         """Read what was written under a name."""

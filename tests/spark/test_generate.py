@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +84,41 @@ def texts(warehouse: Warehouse) -> dict[str, tuple[str, int]]:
     return {key: (row["completion"], row["seed"]) for key, row in samples(warehouse).items()}
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Three samples of every prompt, drawn in waves; only to be read, or copied.
+
+    Args:
+        folder: with the input and the warehouse.
+        printed: by the run.
+    """
+
+    folder: Path
+    printed: str
+
+    def copy(self, folder: Path) -> Path:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def sampled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, policy: Path) -> Sampled:
+    folder, printed = tmp_path_factory.mktemp("sampled"), io.StringIO()
+    plan = make_plan(folder, policy, PROMPTS, sampling={"seed": 7}, run={"wave_prompts": 3})
+    with contextlib.redirect_stdout(printed):
+        assert run(spark, plan)[1] == 0
+    return Sampled(folder, printed.getvalue())
+
+
 def test_every_prompt_gets_its_samples_and_a_second_run_draws_none(
-    spark: SparkSession, tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession,
+    tmp_path: Path,
+    policy: Path,
+    sampled: Sampled,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plan = make_plan(tmp_path, policy, PROMPTS, sampling={"seed": 7})
-    warehouse, code = run(spark, plan)
-    assert code == 0
+    plan = make_plan(sampled.copy(tmp_path), policy, PROMPTS, sampling={"seed": 7})
+    warehouse = Warehouse(spark, plan.config.warehouse)
     found = samples(warehouse)
     assert set(found) == {f"p{i}-{n}" for i in range(6) for n in (1, 2, 3)}
     row = found["p0-2"]
@@ -97,7 +130,7 @@ def test_every_prompt_gets_its_samples_and_a_second_run_draws_none(
         r["prompt_id"]: r["prompt_hash"] for r in read_prompts(spark, plan.config.input).collect()
     }
     assert row["seed"] == sample_seed(7, hashes["p0"], 2)
-    assert "18 drawn, 0 were there before" in capsys.readouterr().out
+    assert "18 drawn, 0 were there before" in sampled.printed
 
     version = warehouse.version(COMPLETIONS)
     assert run(spark, plan)[1] == 0
@@ -107,14 +140,14 @@ def test_every_prompt_gets_its_samples_and_a_second_run_draws_none(
 
 
 def test_text_and_seed_do_not_depend_on_partitions_waves_or_other_prompts(
-    spark: SparkSession, tmp_path: Path, policy: Path
+    spark: SparkSession, tmp_path: Path, policy: Path, sampled: Sampled
 ) -> None:
-    waves = make_plan(tmp_path / "a", policy, PROMPTS, run={"wave_prompts": 3})
-    whole = texts(run(spark, waves)[0])
+    whole = texts(Warehouse(spark, str(sampled.folder / "warehouse")))
     other = make_plan(
-        tmp_path / "b",
+        tmp_path,
         policy,
         PROMPTS[::-1][:4],
+        sampling={"seed": 7},
         run={"devices": 3, "request_tokens": 256},
     )
     part = texts(run(spark, other)[0])
@@ -151,11 +184,13 @@ def test_a_run_that_dies_between_waves_is_finished_by_the_next(
 
 
 def test_other_parameters_need_another_dataset(
-    spark: SparkSession, tmp_path: Path, policy: Path
+    spark: SparkSession, tmp_path: Path, policy: Path, sampled: Sampled
 ) -> None:
-    run(spark, make_plan(tmp_path, policy, PROMPTS[:1]))
+    changed = make_plan(
+        sampled.copy(tmp_path), policy, PROMPTS, sampling={"seed": 7, "temperature": 0.1}
+    )
     with pytest.raises(InputError, match="another policy, template, seed or temperature"):
-        run(spark, make_plan(tmp_path, policy, PROMPTS[:1], sampling={"temperature": 0.1}))
+        run(spark, changed)
 
 
 def test_refused_prompts_are_written_with_their_reason(
@@ -197,11 +232,11 @@ def test_refused_prompts_are_written_with_their_reason(
 
 
 def test_another_prompt_under_a_sampled_id_is_refused(
-    spark: SparkSession, tmp_path: Path, policy: Path
+    spark: SparkSession, tmp_path: Path, policy: Path, sampled: Sampled
 ) -> None:
-    run(spark, make_plan(tmp_path, policy, PROMPTS[:1]))
     changed = {**PROMPTS[0], "prompt": [{"role": "user", "content": "something else"}]}
-    warehouse, _ = run(spark, make_plan(tmp_path, policy, [changed]))
+    plan = make_plan(sampled.copy(tmp_path), policy, [changed], sampling={"seed": 7})
+    warehouse, _ = run(spark, plan)
     (reject,) = warehouse.read(REJECTS).collect()
     assert reject["reason"] == "duplicate_id"
     assert samples(warehouse)["p0-1"]["prompt"][0]["content"] == "say 0"

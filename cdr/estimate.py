@@ -47,6 +47,14 @@ class Workload:
         """Tokens that pass through the model."""
         return self.prefix_tokens + self.completion_tokens
 
+    def __add__(self, other: Workload) -> Workload:
+        return Workload(
+            self.prompts + other.prompts,
+            self.completions + other.completions,
+            self.prefix_tokens + other.prefix_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -9,7 +9,7 @@ exactly what is not committed, new rows of old buckets included.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -41,11 +41,13 @@ class Work:
             prefix_hash, prefix_ids, completion_hashes, completions_ids and their numbers.
         asked: log-probs the reward needs; identical ones count once.
         missing: what each model has to read, by model key.
+        bucket_tokens: the tokens of that by model key and bucket.
     """
 
     rows: DataFrame
     asked: int
     missing: Mapping[str, Workload]
+    bucket_tokens: Mapping[str, Mapping[int, int]]
 
     @property
     def completions(self) -> int:
@@ -106,10 +108,10 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
         F.first("prefix_ids").alias("prefix_ids"),
         F.array_distinct(F.flatten(F.collect_list(completions))).alias("completions"),
     )
-    missing = F.filter("completions", lambda c: F.array_contains(F.col("wanted"), c["hash"]))
+    wanted = F.filter("completions", lambda c: F.array_contains(F.col("wanted"), c["hash"]))
     rows = (
         prompts.join(sorted_out, on=per_prompt, how="inner")
-        .withColumn("missing", missing)
+        .withColumn("missing", wanted)
         .select(
             "model_key",
             bucket_column("prompt_hash").alias("bucket"),
@@ -129,27 +131,30 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
     written = run.staging.write(
         "work", rows.repartitionByRange("bucket").sortWithinPartitions("bucket")
     )
-    left = written.where("num_missing > 0")
-    total_asked = written.agg(F.sum("num_asked")).first()
-    # One row per model.
-    totals = left.groupBy("model_key").agg(
-        F.count("*").alias("prompts"),
-        F.sum("num_missing").alias("completions"),
-        F.sum("prefix_tokens").alias("prefix_tokens"),
-        F.sum("completion_tokens").alias("completion_tokens"),
+    is_left = F.col("num_missing") > 0
+    sums = ("num_missing", "prefix_tokens", "completion_tokens")
+    # At most BUCKETS rows per model.
+    sizes = (
+        written.groupBy("model_key", "bucket")
+        .agg(
+            F.sum("num_asked").alias("num_asked"),
+            F.count_if(is_left).alias("prompts"),
+            *[F.sum(F.when(is_left, F.col(name)).otherwise(0)).alias(name) for name in sums],
+        )
+        .collect()
     )
+    missing: defaultdict[str, Workload] = defaultdict(lambda: Workload(0, 0, 0, 0))
+    bucket_tokens: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    for row in sizes:
+        if row["prompts"]:
+            load = Workload(row["prompts"], *[row[name] for name in sums])
+            missing[row["model_key"]] += load
+            bucket_tokens[row["model_key"]][row["bucket"]] = load.tokens
     return Work(
-        rows=left,
-        asked=int(total_asked[0] or 0) if total_asked else 0,
-        missing={
-            row["model_key"]: Workload(
-                prompts=row["prompts"],
-                completions=row["completions"],
-                prefix_tokens=row["prefix_tokens"],
-                completion_tokens=row["completion_tokens"],
-            )
-            for row in totals.collect()
-        },
+        rows=written.where(is_left),
+        asked=sum(row["num_asked"] for row in sizes),
+        missing=dict(missing),
+        bucket_tokens=dict(bucket_tokens),
     )
 
 
@@ -176,16 +181,11 @@ def plan_waves(work: Work, run: Context) -> list[Wave]:
     """
     spec, engines = run.plan.config.run, run.plan.engines
     sets = [engines] if spec.placement == "colocated" else [(engine,) for engine in engines]
-    tokens = F.sum(F.col("prefix_tokens") + F.col("completion_tokens"))
-    # At most BUCKETS rows per model.
-    sizes = work.rows.groupBy("model_key", "bucket").agg(tokens).collect()
     waves: list[Wave] = []
     for loaded in sets:
-        names = {engine.name for engine in loaded}
         by_bucket: Counter[int] = Counter()
-        for model_key, bucket, size in sizes:
-            if model_key in names:
-                by_bucket[bucket] += size
+        for engine in loaded:
+            by_bucket.update(work.bucket_tokens.get(engine.name, {}))
         for buckets in cut_buckets(by_bucket, spec.wave_tokens):
             waves.append(Wave(len(waves), loaded, buckets))
     return waves

@@ -83,29 +83,26 @@ def test_prompts_that_stand_twice_are_refused_before_they_double_completions(
         read(spark, path, layout="joined", prompts_path=prompts, columns={"prompt_id": "id"})
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"prompt": None, "completion": "x"}, "null_prompt"),
-        ({"prompt": [], "completion": "x"}, "empty_prompt"),
-        ({"prompt": [{"role": "user", "content": "  "}], "completion": "x"}, "empty_prompt"),
-        ({"prompt": [{"role": "robot", "content": "a"}], "completion": "x"}, "bad_messages"),
-        ({"prompt": [{"role": "user", "content": None}], "completion": "x"}, "bad_messages"),
-        (
-            {"prompt": [*USER, {"role": "assistant", "content": "b"}], "completion": "x"},
-            "bad_messages",
-        ),
-        ({"prompt": USER, "completion": None}, "null_completion"),
-        ({"prompt": USER, "completion": " \n"}, "empty_completion"),
-    ],
-)
 def test_a_bad_row_gets_its_reason_and_the_good_one_beside_it_none(
-    spark: SparkSession, tmp_path: Path, row: dict[str, Any], reason: str
+    spark: SparkSession, tmp_path: Path
 ) -> None:
-    good = {"prompt": USER, "completion": "zzz"}
-    found = read(spark, write(tmp_path / "in.jsonl", [row, good]))
-    assert reasons(found) == [reason, None]
-    assert all(r["detail"] for r in found if r["reason"])
+    assistant = {"role": "assistant", "content": "b"}
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": None}, "null_prompt"),
+        ({"prompt": []}, "empty_prompt"),
+        ({"prompt": [{"role": "user", "content": "  "}]}, "empty_prompt"),
+        ({"prompt": [{"role": "robot", "content": "a"}]}, "bad_messages"),
+        ({"prompt": [{"role": "user", "content": None}]}, "bad_messages"),
+        ({"prompt": [*USER, assistant]}, "bad_messages"),
+        ({"completion": None}, "null_completion"),
+        ({"completion": " \n"}, "empty_completion"),
+    ]
+    good = {"prompt": USER, "completion": "x"}
+    rows = [{**good, **row, "n": n} for n, (row, _) in enumerate(bad)]
+    found = read(spark, write(tmp_path / "in.jsonl", [*rows, {**good, "n": len(bad)}]))
+    by_number = {json.loads(row["passthrough"])["n"]: row for row in found}
+    assert [by_number[n]["reason"] for n in range(len(bad) + 1)] == [*(why for _, why in bad), None]
+    assert all(row["detail"] for row in found if row["reason"])
 
 
 def test_an_empty_array_of_completions_keeps_its_row(spark: SparkSession, tmp_path: Path) -> None:
@@ -198,28 +195,26 @@ def test_source_row_tells_every_candidate_apart_and_is_the_same_however_rows_are
     assert {row["source_row"] for row in spread} == set(keys)
 
 
-@pytest.mark.parametrize(
-    ("row", "reason", "detail"),
-    [
-        ({"end": ["stop"]}, "uneven_arrays", "end has length 1, completion has length 2"),
-        ({"end": []}, "uneven_arrays", "end has length 0, completion has length 2"),
-        ({"id": ["i", "j", "k"]}, "uneven_arrays", "id has length 3, completion has length 2"),
-        ({"end": None, "id": None}, None, None),
-        ({"end": ["stop", None], "id": [None, "j"]}, None, None),
-    ],
-)
 def test_arrays_that_do_not_go_with_the_completions_are_refused_not_filled_with_nulls(
-    spark: SparkSession, tmp_path: Path, row: dict[str, Any], reason: str | None, detail: str | None
+    spark: SparkSession, tmp_path: Path
 ) -> None:
     even = {"completion": ["x", "y"], "id": ["i", "j"], "end": ["stop", "length"]}
-    path = write(tmp_path / "in.jsonl", [{"prompt": "a", **even, **row}, {"prompt": "b", **even}])
+    uneven, fine = "uneven_arrays", (None, None)
+    cases: list[tuple[dict[str, Any], tuple[str | None, str | None]]] = [
+        ({"end": ["stop"]}, (uneven, "end has length 1, completion has length 2")),
+        ({"end": []}, (uneven, "end has length 0, completion has length 2")),
+        ({"id": ["i", "j", "k"]}, (uneven, "id has length 3, completion has length 2")),
+        ({"end": None, "id": None}, fine),
+        ({"end": ["stop", None], "id": [None, "j"]}, fine),
+        ({}, fine),
+    ]
+    rows = [{"prompt": str(n), **even, **row} for n, (row, _) in enumerate(cases)]
     columns = {"completion_id": "id", "finish_reason": "end"}
+    path = write(tmp_path / "in.jsonl", rows)
     found = read(spark, path, layout="array", columns=columns)
-    by_prompt = {
-        text: [(r["reason"], r["detail"]) for r in found if r["prompt"][0]["content"] == text]
-        for text in ("a", "b")
-    }
-    assert by_prompt == {"a": [(reason, detail)] * 2, "b": [(None, None)] * 2}
+    for n, (_, expected) in enumerate(cases):
+        ours = [(r["reason"], r["detail"]) for r in found if r["prompt"][0]["content"] == str(n)]
+        assert ours == [expected] * 2, n
 
 
 def test_identical_candidates_get_ids_of_their_own(spark: SparkSession, tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ TORCH_AT_IMPORT = {
     "cdr/engines/block_attention.py",
     "cdr/engines/causal_lm.py",
     "cdr/dpo.py",
+    "cdr/packed_pairs.py",
+    "cdr/simpo.py",
+    "cdr/tuning.py",
     "cdr/demo_model.py",
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "vllm"}

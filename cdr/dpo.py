@@ -47,11 +47,12 @@ from cdr.tuning import (
     METRICS_FILE,
     StopWhenAsked,
     count_tokens,
+    find_checkpoint,
     losses,
     make_lora,
     make_rows,
     open_checkpoints,
-    round_adapter,
+    round_trained,
     save_adapter,
     say,
 )
@@ -120,7 +121,7 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
 
     trainer = _make_trainer(folder, encoder, drawn, config, options)
     training = _train(trainer, checkpoints, started, options)
-    round_adapter(trainer.model)
+    round_trained(trainer.model)
     held_out = _measure(trainer, test_fit)
     if not trainer.is_world_process_zero():
         return {}
@@ -231,11 +232,9 @@ def _make_trainer(
 
 def _train(trainer: Any, checkpoints: Path, started: float, options: RunOptions) -> dict[str, Any]:
     """Run the trainer to its end or to the time limit, from the last checkpoint if there is one."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     limit_s = float("inf") if options.max_hours is None else options.max_hours * 3600
     trainer.add_callback(StopWhenAsked(lambda: time.monotonic() - started > limit_s))
-    last = get_last_checkpoint(str(checkpoints))
+    last = find_checkpoint(checkpoints)
     if last:
         say(f"goes on from {Path(last).name}")
     begun = time.monotonic()

@@ -94,7 +94,8 @@ def score_packed(
     else:
         logits = model(**inputs, use_cache=False, logits_to_keep=packed["rows"]).logits[0]
         logprobs = _target_logprobs(logits, packed["targets"])
-    answers = logprobs.split([int(packed["num_chosen"]), len(logprobs) - int(packed["num_chosen"])])
+    chosen = int(packed["num_chosen"])
+    answers = (logprobs[:chosen], logprobs[chosen:])
     return torch.stack([one.mean() if per_token else one.sum() for one in answers])
 
 

@@ -32,6 +32,8 @@ class StopWhenAsked(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     def __init__(self, is_asked: Callable[[], bool]) -> None:
         self._is_asked = is_asked
+        self.has_stopped = False
+        """Whether the training ended because of this."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look after each step."""
@@ -41,6 +43,7 @@ class StopWhenAsked(TrainerCallback):  # type: ignore[misc]  # transformers is n
         if asked.item():
             control.should_training_stop = True
             control.should_save = True
+            self.has_stopped = state.global_step < state.max_steps
 
 
 def make_rows(pairs: Sequence[EncodedPair], seed: int) -> list[dict[str, Any]]:
@@ -79,8 +82,8 @@ def make_lora(rank: int) -> Any:
     )
 
 
-def round_adapter(model: Any) -> None:
-    """Round the adapter's weights to what is stored, so that what is measured is what is saved."""
+def round_trained(model: Any) -> None:
+    """Round trained weights to bfloat16 as stored, so that what is measured is what is saved."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -116,6 +119,20 @@ def open_checkpoints(folder: Path, config: dict[str, Any]) -> None:
     if is_first_process():
         (folder / ".gitignore").write_text("*\n", "utf-8")
         write_json(folder / CONFIG_FILE, config)
+
+
+def find_checkpoint(folder: Path) -> str | None:
+    """Find the last whole checkpoint; None without one.
+
+    The trainer writes a checkpoint's state last: one without was being written at a kill.
+    """
+    whole = [
+        path.parent
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+        if path.stat().st_size  # a full disk leaves an empty one
+    ]
+    newest = max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    return None if newest is None else str(newest)
 
 
 def losses(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from cdr import simpo  # noqa: E402 - only where TRL is
+from cdr import simpo, simpo_trainer  # noqa: E402 - only where TRL is
 from cdr.errors import ConfigError, InputError, Stopped, TrainingError  # noqa: E402
 from cdr.simpo_config import PointConfig, SimpoConfig, list_points  # noqa: E402
 from cdr.training_run import TrainingRun  # noqa: E402
@@ -114,11 +114,13 @@ def search(config: SimpoConfig, run: FakeRun) -> dict[str, Any]:
 
 def test_loss_is_the_formulas_on_values_computed_by_hand(start: Path, tmp_path: Path) -> None:
     config = make_config(start, tmp_path, search={"learning_rates": [1e-3], "betas": [10]})
-    pairs = simpo.load_pairs(tmp_path / "pairs", start, 60)
+    pairs = simpo_trainer.load_pairs(tmp_path / "pairs", start, 60)
     (point,) = list_points(
         config, base_hash="b", pairs_hash=pairs.identity, dtype="float32", processes=1
     )
-    trainer = simpo.make_trainer(point, pairs, start, config, is_new=True)
+    trainer = simpo_trainer.make_trainer(
+        point, pairs, start, config, tmp_path / "checkpoints", is_new=True, log=None
+    )
     # Log-probs per token -1.0 and -1.5; beta 10, gamma/beta 0.3: -log σ(10·0.5 − 3) = log(1+e^-2).
     loss, *_ = trainer.cpo_loss(torch.tensor([-1.0]), torch.tensor([-1.5]))
     assert loss.item() == pytest.approx(0.126928, abs=1e-6)
@@ -128,7 +130,7 @@ def test_loss_is_the_formulas_on_values_computed_by_hand(start: Path, tmp_path: 
 
     # And of the model itself, from log-probs of each answer behind its prompt alone.
     item = pairs.train[0]
-    packed = simpo.collate_one(
+    packed = simpo_trainer.collate_one(
         [{"prompt_ids": item.prefix_ids, "chosen_ids": item.chosen_ids,
           "rejected_ids": item.rejected_ids, "index": 0}]
     )  # fmt: skip
@@ -207,14 +209,14 @@ def test_loss_that_is_no_number_ends_it_and_keeps_the_last_good_checkpoint(
 ) -> None:
     config = make_config(start, tmp_path)
     run = FakeRun()
-    score = simpo.score_packed
+    score = simpo_trainer.score_packed
 
     def break_later(*args: Any, **options: Any) -> Any:
         is_late = sum("loss" in numbers for _, numbers in run.curves) >= 3
         return score(*args, **options) * (math.nan if is_late else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(simpo, "score_packed", break_later)
+        patch.setattr(simpo_trainer, "score_packed", break_later)
         with pytest.raises(TrainingError, match="step 4") as caught:
             search(config, run)
     assert "checkpoint-2" in str(caught.value)

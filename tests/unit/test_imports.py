@@ -31,6 +31,7 @@ TORCH_AT_IMPORT = {
     "cdr/dpo.py",
     "cdr/packed_pairs.py",
     "cdr/simpo.py",
+    "cdr/simpo_trainer.py",
     "cdr/tuning.py",
     "cdr/demo_model.py",
 }

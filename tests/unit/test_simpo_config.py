@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_problem_is_told_with_its_key(change: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_simpo_config(CONF / "train" / "loop.yaml", changes)
     assert problem in str(caught.value)
+
+
+def test_loops_prompts_are_apart_from_those_it_is_measured_on() -> None:
+    def prompts(name: str) -> list[str]:
+        lines = (CONF / "demo" / name).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line)["prompt"] for line in lines]
+        return [row if isinstance(row, str) else row[0]["content"] for row in rows]
+
+    sampled, held_out = prompts("loop-prompts.jsonl"), prompts("loop-held-out.jsonl")
+    assert len(set(sampled)) == len(sampled) >= 100
+    assert not set(sampled) & {*held_out, *prompts("pairs.jsonl")}
+    assert len(set(held_out)) == len(held_out) == 24
 
 
 def measured(accuracy: float, margin: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ WITH held_out AS (
   WHERE dataset LIKE 'held-out-%' AND status = 'ok'
 ),
 sampled AS (
-  SELECT policy, count(*) / 2 AS samples,
+  SELECT policy, count_if(reward_name = 'loop-plain') AS samples,
          round(avg(reward) FILTER (WHERE reward_name = 'loop-plain'), 2) AS plain_reward,
          round(avg(reward) FILTER (WHERE reward_name = 'loop-adaptive'), 2) AS adaptive_reward,
          round(avg(num_tokens), 1) AS tokens,

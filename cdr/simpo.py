@@ -14,6 +14,7 @@ Out of scope: more than one machine, DeepSpeed, quantised bases.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -153,6 +154,9 @@ def tune(
         check_same(decisive, metrics["config"], metrics_file)
         say("done before")
         return metrics
+    # The network before: its trainer refers to it in a circle, and a device may not hold two.
+    gc.collect()
+    torch.cuda.empty_cache()
     open_checkpoints(checkpoints, decisive)
     last = find_checkpoint(checkpoints)
     log = None if run is None else run.log_curves

@@ -37,6 +37,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
 @dataclass(frozen=True)
 class Pairs:
     """The pairs of a search, encoded.
@@ -209,7 +212,7 @@ def make_trainer(
         num_train_epochs=point.epochs,
         learning_rate=point.learning_rate,
         warmup_steps=point.warmup_fraction,
-        lr_scheduler_type=point.schedule,
+        lr_scheduler_type=_SCHEDULES[point.schedule],
         max_grad_norm=1.0,
         bf16=point.dtype == "bfloat16",
         gradient_checkpointing=config.training.gradient_checkpointing,

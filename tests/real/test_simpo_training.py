@@ -21,7 +21,7 @@ from cdr.training_run import TrainingRun  # noqa: E402
 from tests.tokenizers import make_smollm2  # noqa: E402
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     # Of the libraries under TRL.
     pytest.mark.filterwarnings(
         "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"

@@ -100,7 +100,7 @@ adaptive_REWARD := --set reward.name=loop-adaptive
 plain_POLICY := --set policy.adapter=$(LOOP)/policies/plain/policy
 adaptive_POLICY := --set policy.adapter=$(LOOP)/policies/adaptive/policy
 
-loop-demo: setup java $(DONE)/comparison ## Prompts to better policies, small: under 45 minutes on 2 cores
+loop-demo: setup java $(DONE)/comparison ## From prompts to two policies, small: sized for 45 minutes of 2 cores
 	@cat $(LOOP)/comparison.txt
 
 .SECONDARY:

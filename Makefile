@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm setup-browser demo eval-demo study-demo peer-check report-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser demo eval-demo study-demo peer-check report-demo loop-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -111,6 +111,45 @@ study-demo: setup java ## Tune the demo model in stages, study each stage over e
 
 report-demo: setup java ## Build the demo run's report page from its tables; print where it is
 	@$(SUBMIT) jobs/report.py --warehouse $(WAREHOUSE) $(ARGS)
+
+# The loop: sample, annotate plain and adaptive, train a policy on each, compare with the start. Each
+# stage leaves a file in $(LOOP)/done when it has ended: a run that was stopped goes on with the next.
+LOOP ?= warehouse/loop
+DONE := $(LOOP)/done
+SAMPLE = $(SUBMIT) jobs/generate.py --config conf/generate/loop.yaml --set warehouse=$(LOOP)
+ANNOTATE = $(SUBMIT) jobs/annotate.py --config conf/annotate/loop.yaml --set warehouse=$(LOOP)
+plain_REWARD := --set reward.name=loop-plain --set reward.routing.mode=none
+adaptive_REWARD := --set reward.name=loop-adaptive
+plain_POLICY := --set policy.adapter=$(LOOP)/policies/plain/policy
+adaptive_POLICY := --set policy.adapter=$(LOOP)/policies/adaptive/policy
+
+loop-demo: setup java $(DONE)/comparison ## From prompts to two policies, small: sized for 45 minutes of 2 cores
+	@cat $(LOOP)/comparison.txt
+
+.SECONDARY:
+$(DONE)/samples:
+	@mkdir -p $(DONE)
+	@$(SAMPLE) && touch $@
+
+$(DONE)/annotated-%: $(DONE)/samples
+	@$(ANNOTATE) $($*_REWARD) && touch $@
+
+# Two processes of one thread are faster than one of two, which wait for each other all the time.
+$(DONE)/trained-%: $(DONE)/annotated-%
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m jobs.train_simpo \
+	  --config conf/train/loop.yaml --set warehouse=$(LOOP) --set run.threads=1 \
+	  --set preferences.reward=loop-$* --set output=$(LOOP)/policies/$* && touch $@
+
+$(DONE)/held-out-%: $(DONE)/trained-plain $(DONE)/trained-adaptive
+	@$(SAMPLE) $($*_POLICY) --set dataset=held-out-$* --set input.path=conf/demo/loop-held-out.jsonl \
+	  --set sampling.num_samples=2 --set sampling.max_new_tokens=64
+	@for reward in "$(plain_REWARD)" "$(adaptive_REWARD)"; do \
+	  $(ANNOTATE) $$reward --set dataset=held-out-$* || exit 1; done && touch $@
+
+$(DONE)/comparison: $(DONE)/held-out-start $(DONE)/held-out-plain $(DONE)/held-out-adaptive
+	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/loop.yaml --set warehouse=$(LOOP)
+	@$(BIN)/spark-sql --properties-file conf/cluster/local.conf \
+	  --hivevar warehouse=$(abspath $(LOOP)) -f conf/demo/loop.sql > $(LOOP)/comparison.txt && touch $@
 
 # Two files of tests at a time, in their order: a job of these tests keeps about one core busy. Threads
 # that wait must not spin then.

@@ -27,18 +27,19 @@ from cdr.evaluation_config import (
     StatisticsSpec,
 )
 from cdr.reward_config import ModelSpec, RewardSpec
+from cdr.simpo_config import SimpoConfig, SimpoTrackingSpec
 from cdr.study_config import StudyConfig, StudyEncodingSpec, StudyModelSpec, StudyTrackingSpec
 
 _INTRODUCTION = """\
 # Config reference
 
 <!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py,
-cdr/reward_config.py, cdr/evaluation_config.py and cdr/study_config.py. -->
+cdr/reward_config.py, cdr/evaluation_config.py, cdr/study_config.py and cdr/simpo_config.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
-by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`); its keys and those of a study
-(`conf/study/`) come last. Unknown keys are errors, and all problems of a file are reported
-together, before Spark starts.
+by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`); its keys, those of a study
+(`conf/study/`) and of a training (`conf/train/`) come last. Unknown keys are errors, and all
+problems of a file are reported together, before Spark starts.
 
 ## Where values come from
 
@@ -77,6 +78,12 @@ A model has the keys of `reward.models` above, and these two of its own. `input`
 `cdr-pair-study`, and the default of `encoding.template` is `plain`.
 """
 
+_TRAINING = """
+## Keys of a SimPO training
+
+MLflow's experiment is `cdr-simpo`; it should be in the store of the annotate run, to link the two.
+"""
+
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
@@ -94,7 +101,9 @@ def render_config_reference() -> str:
     evaluation = _sections(EvaluateConfig, "", "An evaluation", known)
     seen = (*known, *_SAME_IN_STUDY)
     study = _sections(StudyConfig, "", "A study", seen)
-    return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation, _STUDY, *study])
+    training = _sections(SimpoConfig, "", "A training", (SimpoTrackingSpec,))
+    parts = [_INTRODUCTION, *run, _EVALUATION, *evaluation, _STUDY, *study, _TRAINING, *training]
+    return "".join(parts)
 
 
 def _sections(

@@ -5,13 +5,13 @@ No torch: a command line is checked, and told what is wrong, before a model load
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cdr.errors import ConfigError, ModelError
+from cdr.checkpoints import check_same
+from cdr.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,7 @@ class TrainingConfig:
         Raises:
             ConfigError: names every key that differs, with both values.
         """
-        now = asdict(self)
-        different = [
-            f"{key}: expected {before.get(key)!r} as in what lies there, got {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if different:
-            raise ConfigError(
-                different,
-                where=str(where),
-                fix="give the same options to continue, or another --output to start anew",
-            )
+        check_same(asdict(self), before, where)
 
 
 @dataclass(frozen=True)
@@ -124,21 +113,3 @@ class RunOptions:
     save_steps: int
     keep_checkpoints: bool
     held_out: Path | None = None
-
-
-def hash_model(folder: Path) -> str:
-    """Hash a model folder's weights, configuration and tokenizer files.
-
-    Raises:
-        ModelError: the folder has no safetensors weights.
-    """
-    files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError("the start model's folder has no .safetensors weights", where=str(folder))
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            total.update(
-                f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode()
-            )
-    return total.hexdigest()

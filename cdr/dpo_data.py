@@ -239,6 +239,11 @@ def count_by(pairs: Iterable[PreferencePair], field: str) -> dict[str, int]:
     return dict(sorted(Counter(str(getattr(pair, field)) for pair in pairs).items()))
 
 
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Write counts by reason for a line of text."""
+    return ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "none"
+
+
 def _read_rows(file: Path) -> Iterator[Mapping[str, Any]]:
     if file.suffix == ".jsonl":
         with file.open(encoding="utf-8") as lines:

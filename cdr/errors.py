@@ -86,6 +86,10 @@ class TableError(CdrError):
     """A table of the warehouse has another schema version, or cannot be read or written."""
 
 
+class TrainingError(CdrError):
+    """A training cannot go on: its loss or its gradients are no longer finite."""
+
+
 class Stopped(Exception):  # noqa: N818 - an outcome, not an error of the program
     """A run ends early in good order; the message says why."""
 

@@ -55,6 +55,7 @@ class PairSet:
         selection_key: hash of the rule that chose the pairs.
         run_id: the annotate run that wrote them.
         mlflow_run_id: its MLflow run; None where tracking was off.
+        reward_version: the reward's name and version in MLflow; None: it came from a file.
         pairs: how many there are.
         version: Delta version of `preferences`.
     """
@@ -65,6 +66,7 @@ class PairSet:
     selection_key: str
     run_id: str
     mlflow_run_id: str | None
+    reward_version: str | None
     pairs: int
     version: int
 
@@ -263,6 +265,7 @@ def _pair_sets(preferences: DataFrame, version: int) -> list[PairSet]:
     grouped = preferences.groupBy(*columns).agg(
         F.max("run_id").alias("run_id"),
         F.max("mlflow_run_id").alias("mlflow_run_id"),
+        F.max("reward_version").alias("reward_version"),
         F.count("*").alias("pairs"),
     )
     found = [PairSet(**row.asDict(), version=version) for row in grouped.collect()]

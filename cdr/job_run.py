@@ -88,6 +88,11 @@ class JobRun(ABC):
             self._open = stack.pop_all()
         return self
 
+    @property
+    def stop_requested(self) -> str | None:
+        """Why the run is to stop; None to go on."""
+        return self._stop.requested
+
     def check_stop(self) -> None:
         """End the run here if it was asked to stop.
 

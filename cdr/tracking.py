@@ -67,6 +67,10 @@ class RunTracker:
         run_name: name in MLflow; the job's own run id.
         config: the resolved config, JSON-able; becomes parameters, `config.yaml` and a hash.
         tags: further tags, for example model keys and revisions.
+        parent: the run that this one is nested in. A store that goes away after the parent's start
+            does not keep this one from its work.
+        note: file that remembers the run: work that goes on under an equal config goes on in the
+            same run. None: a new run each time.
 
     Raises:
         SetupError: on entry, if the store cannot be used.
@@ -80,8 +84,11 @@ class RunTracker:
         run_name: str,
         config: Mapping[str, Any],
         tags: Mapping[str, str] | None = None,
+        parent: RunTracker | None = None,
+        note: Path | None = None,
     ) -> None:
         self._tracking, self._warehouse, self._run_name = tracking, warehouse, run_name
+        self._parent, self._note = parent, note
         self._config: dict[str, Any] = redact(config)
         self._tags = dict(tags or {})
         self._client: Any = None
@@ -94,9 +101,14 @@ class RunTracker:
     def __enter__(self) -> Self:
         if not self._tracking.enabled:
             return self
-        self.uri = resolve_tracking_uri(self._tracking, self._warehouse)
+        self.uri = uri = resolve_tracking_uri(self._tracking, self._warehouse)
+        if self._parent is not None:
+            self._unsent = self._parent._unsent
+            self._send("run", self._run_name, lambda: self._start(uri))
+            self.log_params(self._config)
+            return self
         try:
-            self._start(self.uri)
+            self._start(uri)
         except Exception as error:  # MLflow, SQLAlchemy and the network each have their own
             raise SetupError(
                 f"MLflow cannot be used: {first_line(error)}",
@@ -135,6 +147,16 @@ class RunTracker:
                 self._client.log_batch(self.run_id, params=batch)
 
         self._send("params", dict(flat), send)
+
+    def has_run(self, run_id: str) -> bool:
+        """Tell whether the store is known to have another run, to link the two."""
+        if self._client is None or self._unsent:
+            return False
+        try:
+            self._client.get_run(run_id)
+        except Exception:  # of another store, deleted, or the store has gone away
+            return False
+        return True
 
     def set_tags(self, tags: Mapping[str, str], *, run_id: str | None = None) -> None:
         """Set tags on this run or on another one (to link the two)."""
@@ -225,8 +247,33 @@ class RunTracker:
             commit = git_commit()
             if commit is not None:
                 tags["mlflow.source.git.commit"] = commit
-            run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)
-        self._client, self.run_id = client, run.info.run_id
+            if self._parent is not None and self._parent.run_id is not None:
+                tags["mlflow.parentRunId"] = self._parent.run_id
+            run_id = self._begun_before(client, tags["cdr.config_hash"])
+            if run_id is None:
+                run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)
+                run_id = run.info.run_id
+            else:
+                client.update_run(run_id, status="RUNNING")
+                for name, text in tags.items():
+                    client.set_tag(run_id, name, text)
+        self._client, self.run_id = client, run_id
+        if self._note is not None:
+            note = {"run_id": run_id, "config_hash": tags["cdr.config_hash"]}
+            self._note.write_text(json.dumps(note), encoding="utf-8")
+
+    def _begun_before(self, client: Any, config_hash: str) -> str | None:
+        """Give the run in which this work was begun, if the store still has it."""
+        if self._note is None or not self._note.exists():
+            return None
+        note = json.loads(self._note.read_text(encoding="utf-8"))
+        if note["config_hash"] != config_hash:
+            return None
+        try:
+            run = client.get_run(note["run_id"])
+        except Exception:  # of another store; a store that is down is found out by what follows
+            return None
+        return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
 
     def _log_text(self, config: Mapping[str, Any]) -> None:
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
@@ -238,18 +285,22 @@ class RunTracker:
         After a first failure nothing more is tried but the final status: each try could wait for a
         dead server's timeouts, and the run would be incomplete anyway.
         """
-        if self._client is None:
+        if self.uri is None:
             return
         problem = "not tried after an earlier failure"
-        if not self._unsent or what == "status":
+        has_run = self._client is not None or what == "run"
+        if has_run and (not self._unsent or what == "status"):
             try:
                 send()
                 return
             except Exception as error:  # the job's work must outlive any store
                 problem = first_line(error)
-        self._unsent.append({"what": what, "problem": problem, "payload": redact(payload)})
+        self._unsent.append(
+            {"run": self._run_name, "what": what, "problem": problem, "payload": redact(payload)}
+        )
         text = json.dumps(self._unsent, indent=2, ensure_ascii=False, default=str)
-        path = _unsent_folder(self._warehouse) / f"{self.run_id}.json"
+        first = self if self._parent is None else self._parent
+        path = _unsent_folder(self._warehouse) / f"{first.run_id}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

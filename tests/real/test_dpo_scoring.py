@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-dpo = pytest.importorskip("cdr.dpo")
+packed_pairs = pytest.importorskip("cdr.packed_pairs")
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +42,16 @@ def test_answers_of_one_row_do_not_see_each_other(
     model: Any, prefix: list[int], chosen: list[int], rejected: list[int]
 ) -> None:
     with torch.no_grad():
-        packed = dpo.score_packed(model, dpo.pack_pair(prefix, chosen, rejected))
+        packed = packed_pairs.score_packed(model, packed_pairs.pack_pair(prefix, chosen, rejected))
         apart = [score_apart(model, prefix, answer) for answer in (chosen, rejected)]
     assert packed.tolist() == pytest.approx(apart, abs=1e-5)
 
 
 def test_head_in_chunks_gives_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dpo, "HEAD_ROWS", 2)
+    monkeypatch.setattr(packed_pairs, "HEAD_ROWS", 2)
     monkeypatch.setattr(model, "get_base_model", lambda: model, raising=False)
-    pair = dpo.pack_pair([3, 4, 5], [6, 7, 2], [8, 2])
+    pair = packed_pairs.pack_pair([3, 4, 5], [6, 7, 2], [8, 2])
     with torch.no_grad():
-        whole = dpo.score_packed(model, pair)
-        chunks = dpo.score_packed(model, pair, float32_head=True)
+        whole = packed_pairs.score_packed(model, pair)
+        chunks = packed_pairs.score_packed(model, pair, float32_head=True)
     assert chunks.tolist() == pytest.approx(whole.tolist(), abs=1e-5)

@@ -188,6 +188,45 @@ def test_a_store_that_goes_away_costs_no_work(
     assert stored_run(tracker).info.status == "FINISHED"
 
 
+def test_work_that_goes_on_goes_on_in_its_run_and_other_work_gets_another(
+    warehouse: Path, tmp_path: Path
+) -> None:
+    def run_once(config: Any) -> str:
+        with RunTracker(
+            TrackingSpec(), str(warehouse), run_name="r", config=config, note=tmp_path / "note.json"
+        ) as tracker:
+            assert stored_run(tracker).info.status == "RUNNING"
+        return str(tracker.run_id)
+
+    first = run_once(CONFIG)
+    assert run_once(CONFIG) == first
+    assert run_once({"dataset": "other"}) != first
+
+
+def test_nested_run_outlives_a_store_that_went_away_after_the_parents_start(
+    warehouse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("server gone")
+
+    with make_tracker(warehouse) as parent:
+        nested = {"run_name": "child", "config": {"beta": 10}, "parent": parent}
+        with RunTracker(TrackingSpec(), str(warehouse), **nested) as child:
+            child.log_metrics({"loss": 1.0})
+        assert stored_run(child).data.tags["mlflow.parentRunId"] == parent.run_id
+        monkeypatch.setattr(MlflowClient, "create_run", refuse)
+        with RunTracker(TrackingSpec(), str(warehouse), **nested) as lost:
+            lost.log_metrics({"loss": 2.0}, step=3)
+        parent.log_metrics({"late": 1.0})
+    kept = json.loads((warehouse / "mlflow-unsent" / f"{parent.run_id}.json").read_text())
+    assert [(item["run"], item["what"]) for item in kept] == [
+        ("child", "run"), ("child", "params"), ("child", "metrics"), ("child", "status"),
+        ("run-1", "metrics"),
+    ]  # fmt: skip
+    assert kept[2]["payload"] == {"step": 3, "loss": 2.0}
+    assert stored_run(parent).info.status == "FINISHED"
+
+
 def test_a_server_that_is_down_stops_the_job_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,10 @@ TORCH_AT_IMPORT = {
     "cdr/engines/classifier.py",
     "cdr/engines/tree_reader.py",
     "cdr/dpo.py",
+    "cdr/packed_pairs.py",
+    "cdr/simpo.py",
+    "cdr/simpo_trainer.py",
+    "cdr/tuning.py",
     "cdr/demo_model.py",
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "vllm"}

@@ -1,0 +1,232 @@
+"""SimPO on a tiny model: the loss is the formula's, and a training that was killed goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("trl")
+
+from cdr import simpo, simpo_trainer  # noqa: E402 - only where TRL is
+from cdr.errors import ConfigError, InputError, Stopped, TrainingError  # noqa: E402
+from cdr.simpo_config import PointConfig, SimpoConfig, list_points  # noqa: E402
+from cdr.training_run import TrainingRun  # noqa: E402
+from tests.tokenizers import make_smollm2  # noqa: E402
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    # Of the libraries under TRL.
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+    ),
+]
+
+
+class FakeRun:
+    """What a search asks of the run around it; stops with the step after some log entries."""
+
+    origin: Mapping[str, Any] = {"dataset": "toy"}
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.curves: list[tuple[int, dict[str, Any]]] = []
+        self.points: list[str] = []
+        self._stop_after = stop_after
+
+    @property
+    def stop_requested(self) -> str | None:
+        steps = sum("loss" in numbers for _, numbers in self.curves)
+        return "SIGTERM" if self._stop_after is not None and steps >= self._stop_after else None
+
+    @contextlib.contextmanager
+    def point(self, point: PointConfig) -> Iterator[None]:
+        self.points.append(point.name)
+        yield
+
+    def log_curves(self, numbers: Mapping[str, Any], step: int) -> None:
+        self.curves.append((step, dict(numbers)))
+
+    def log_point(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = make_smollm2()
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_config(start: Path, output: Path, **changes: Any) -> SimpoConfig:
+    (output / "pairs").mkdir(parents=True, exist_ok=True)
+    for split, numbers in (("train", range(6)), ("validation", range(6, 8))):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"Question {i}?"}],
+                "chosen": [{"role": "assistant", "content": f"Yes, {i} it is."}],
+                "rejected": [{"role": "assistant", "content": "No." if i else "No. " * 50}],
+                "domain": "chat" if i % 2 else "safety",
+                "split": split,
+            }
+            for i in numbers
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (output / "pairs" / f"{split}.jsonl").write_text(text)
+    training = {
+        "batch_size": 1, "max_length": 60, "dtype": "float32", "lora": {"rank": 2},
+        "eval_steps": 2, "save_steps": 2, "epochs": 1,
+    }  # fmt: skip
+    tree = {
+        "warehouse": "w",
+        "preferences": {"dataset": "toy"},
+        "start": {"path": str(start), "name": "tiny"},
+        "output": str(output),
+        "search": {"learning_rates": [1e-3], "betas": [10]},
+        "training": {**training, **changes.pop("training", {})},
+        "tracking": {"enabled": False},
+        **changes,
+    }
+    return SimpoConfig.model_validate(tree)
+
+
+def search(config: SimpoConfig, run: FakeRun) -> dict[str, Any]:
+    return simpo.search_policy(config, cast(TrainingRun, run))
+
+
+def test_loss_is_the_formulas_on_values_computed_by_hand(start: Path, tmp_path: Path) -> None:
+    config = make_config(start, tmp_path, search={"learning_rates": [1e-3], "betas": [10]})
+    pairs = simpo_trainer.load_pairs(tmp_path / "pairs", start, 60)
+    (point,) = list_points(
+        config, base_hash="b", pairs_hash=pairs.identity, dtype="float32", processes=1
+    )
+    trainer = simpo_trainer.make_trainer(
+        point, pairs, start, config, tmp_path / "checkpoints", is_new=True, log=None
+    )
+    # Log-probs per token -1.0 and -1.5; beta 10, gamma/beta 0.3: -log σ(10·0.5 − 3) = log(1+e^-2).
+    loss, *_ = trainer.cpo_loss(torch.tensor([-1.0]), torch.tensor([-1.5]))
+    assert loss.item() == pytest.approx(0.126928, abs=1e-6)
+    # -1.5 and -1.0: -log σ(-5 − 3) = log(1+e^8).
+    loss, *_ = trainer.cpo_loss(torch.tensor([-1.5]), torch.tensor([-1.0]))
+    assert loss.item() == pytest.approx(8.000335, abs=1e-5)
+
+    # And of the model itself, from log-probs of each answer behind its prompt alone.
+    item = pairs.train[0]
+    packed = simpo_trainer.collate_one(
+        [{"prompt_ids": item.prefix_ids, "chosen_ids": item.chosen_ids,
+          "rejected_ids": item.rejected_ids, "index": 0}]
+    )  # fmt: skip
+    means = []
+    for answer in (item.chosen_ids, item.rejected_ids):
+        ids = torch.tensor([[*item.prefix_ids, *answer]])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(trainer.model(input_ids=ids).logits[0], dim=-1)
+        at = len(item.prefix_ids) - 1
+        means.append(
+            sum(float(logprobs[at + n, token]) for n, token in enumerate(answer)) / len(answer)
+        )
+    margin = 10 * (means[0] - means[1]) - 3.0
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, packed)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-4)
+    assert metrics["rewards/margins"] == pytest.approx(10 * (means[0] - means[1]), abs=1e-3)
+
+
+def test_killed_training_goes_on_and_ends_where_one_in_one_go_does(
+    start: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = search(make_config(start, whole), FakeRun())
+    with pytest.raises(Stopped, match="SIGTERM"):
+        search(make_config(start, parts), FakeRun(stop_after=3))
+    checkpoints = parts / "points" / "lr-0.001_beta-10" / "checkpoints"
+    # A checkpoint that was being written at a kill has no state yet, and is left aside.
+    (checkpoints / "checkpoint-9").mkdir()
+    run = FakeRun()
+    metrics = search(make_config(start, parts), run)
+    assert [step for step, numbers in run.curves if "loss" in numbers] == [5]
+    for name in ("validation", "start"):
+        ours, theirs = (m["points"]["lr-0.001_beta-10"][name] for m in (metrics, expected))
+        assert json.dumps(ours) == json.dumps(theirs)
+    weights = "policy/adapter_model.safetensors"
+    assert (parts / weights).read_bytes() == (whole / weights).read_bytes()
+    assert not checkpoints.exists()
+    card = (parts / "policy" / "README.md").read_text()
+    # p0's rejected answer is too long; nothing is cut.
+    assert "Left out: train: 1 too_long; validation: none" in card
+    assert metrics["data"]["left_out_fraction"] == 1 / 8
+    assert str(tmp_path) not in card
+
+    again = FakeRun()
+    assert search(make_config(start, parts), again) == metrics  # nothing is left to do
+    assert again.curves == []
+    with pytest.raises(ConfigError, match=r"max_length: expected 60 .* got 50"):
+        search(make_config(start, parts, training={"max_length": 50}), FakeRun())
+
+
+def test_grid_takes_up_new_rates_and_ends_early_where_told(start: Path, tmp_path: Path) -> None:
+    stop = {"early_stop": {"patience": 1}, "eval_steps": 1, "save_steps": 1, "epochs": 20}
+    grid = {"learning_rates": [1e-9, 1e-2], "betas": [10], "gamma_ratio": 0.3}
+    run = FakeRun()
+    metrics = search(make_config(start, tmp_path, training=stop, search=grid), run)
+    assert run.points == ["lr-1e-09_beta-10", "lr-0.01_beta-10"]
+    slow = metrics["points"]["lr-1e-09_beta-10"]["training"]
+    # Accuracy does not move at this rate: the first evaluation is the best, the second the last.
+    assert (slow["steps"], slow["planned_steps"]) == (2, 100)
+    assert metrics["best"] in run.points
+
+
+def test_whole_model_is_saved_so_that_it_loads(start: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    metrics = search(make_config(start, tmp_path, training={"lora": None}), FakeRun())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    before = AutoModelForCausalLM.from_pretrained(start)
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template
+    assert metrics["points"]["lr-0.001_beta-10"]["training"]["steps"] == 5
+
+
+def test_loss_that_is_no_number_ends_it_and_keeps_the_last_good_checkpoint(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(start, tmp_path)
+    run = FakeRun()
+    score = simpo_trainer.score_packed
+
+    def break_later(*args: Any, **options: Any) -> Any:
+        is_late = sum("loss" in numbers for _, numbers in run.curves) >= 3
+        return score(*args, **options) * (math.nan if is_late else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simpo_trainer, "score_packed", break_later)
+        with pytest.raises(TrainingError, match="step 4") as caught:
+            search(config, run)
+    assert "checkpoint-2" in str(caught.value)
+    after = FakeRun()
+    search(config, after)
+    assert [step for step, numbers in after.curves if "loss" in numbers] == [3, 4, 5]
+
+
+def test_grid_without_validation_pairs_is_refused(start: Path, tmp_path: Path) -> None:
+    config = make_config(start, tmp_path, search={"learning_rates": [1e-3, 1e-4], "betas": [10]})
+    (tmp_path / "pairs" / "validation.jsonl").unlink()
+    with pytest.raises(InputError, match="no validation pairs"):
+        search(config, FakeRun())

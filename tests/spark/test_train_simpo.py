@@ -1,0 +1,200 @@
+"""SimPO from a real warehouse with a real MLflow store: pinned pairs, links both ways, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from deltalake import DeltaTable
+from mlflow import MlflowClient
+from pyspark.sql import SparkSession
+
+pytest.importorskip("trl")
+
+from cdr.config import TrackingSpec
+from cdr.errors import ConfigError, InputError, SetupError, TableError
+from cdr.tracking import RunTracker
+from jobs.train_simpo import main
+from tests.spark.annotated import REWARD, Annotated
+from tests.tokenizers import make_smollm2
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "train-simpo.md"
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    # Of MLflow and of the libraries under TRL.
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "DATABRICKS_RUNTIME_VERSION", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = make_smollm2()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def warehouse(annotated: Annotated, tmp_path: Path) -> Annotated:
+    return annotated.copy(tmp_path)
+
+
+def write_config(warehouse: Annotated, start: Path, **changes: Any) -> str:
+    output = warehouse.warehouse.parent / "out"
+    tree = {
+        "warehouse": str(warehouse.warehouse),
+        "preferences": {"dataset": "demo", "reward": "plain", **changes.pop("preferences", {})},
+        "start": {"path": str(start)},
+        "output": str(output),
+        "search": {"learning_rates": [1e-3, 1e-4], "betas": [10]},
+        "training": {"batch_size": 2, "max_length": 200, "dtype": "float32", "lora": {"rank": 2}},
+        **changes,
+    }
+    path = warehouse.warehouse.parent / "train.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def queries() -> Iterator[str]:
+    yield from re.findall(r"```sql\n(.+?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_a_search_is_linked_to_what_its_pairs_came_from_and_pinned_to_their_version(
+    spark: SparkSession, warehouse: Annotated, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(warehouse.warehouse)
+    # As an annotate run with tracking, by a registered reward, would have left the table.
+    with RunTracker(TrackingSpec(), folder, run_name="annotate", config={}) as annotate:
+        pass
+    spark.sql(
+        f"UPDATE delta.`{folder}/preferences` "
+        f"SET mlflow_run_id = '{annotate.run_id}', reward_version = 'plain/3' "
+        "WHERE reward_name = 'plain'"
+    )
+    version = warehouse.version("preferences")
+    rows = [row for row in warehouse.rows("preferences") if row["reward_name"] == "plain"]
+
+    assert main(["--config", write_config(warehouse, start)]) == 0
+
+    client = MlflowClient(annotate.uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'cdr-simpo'")
+    runs = client.search_runs([experiment.experiment_id])
+    (search,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    points = {run.info.run_name: run for run in runs if run is not search}
+    assert set(points) == {"lr-0.001_beta-10", "lr-0.0001_beta-10"}
+    tags = search.data.tags
+    assert {name.removeprefix("cdr."): text for name, text in tags.items()}.items() >= {
+        "job": "train_simpo", "warehouse": folder, "dataset": "demo", "reward_name": "plain",
+        "reward_key": rows[0]["reward_key"], "selection_key": rows[0]["selection_key"],
+        "reward_version": "plain/3", "preferences_version": str(version),
+        "annotate_run_id": rows[0]["run_id"], "annotate_mlflow_run_id": annotate.run_id,
+        "input.preferences": f"{folder}/preferences@{version}",
+    }.items()  # fmt: skip
+    (data,) = search.inputs.dataset_inputs
+    assert json.loads(data.dataset.source)["delta_table_version"] == version
+    assert search.data.params["preferences.version"] == str(version)
+    for point in points.values():
+        assert point.data.tags["mlflow.parentRunId"] == search.info.run_id
+        assert point.data.tags["cdr.reward_version"] == "plain/3"
+        assert float(point.data.params["gamma"]) == 3.0
+        curve = client.get_metric_history(point.info.run_id, "loss")
+        assert [entry.step for entry in curve] == list(range(1, len(curve) + 1))
+        assert "validation/All/accuracy" in point.data.metrics
+    assert tags["cdr.best"] in points
+
+    # And back, from the annotate run and in SQL as the page has it.
+    (training,) = [row for row in warehouse.rows("runs") if row["job"] == "train_simpo"]
+    back = client.get_run(annotate.run_id).data.tags
+    assert back[f"cdr.training.{search.info.run_id}"] == training["run_id"]
+    assert (training["outcome"], training["mlflow_run_id"]) == ("done", search.info.run_id)
+    for table in ("runs", "preferences"):
+        spark.sql(f"CREATE OR REPLACE TEMP VIEW {table} AS SELECT * FROM delta.`{folder}/{table}`")
+    trained, reward = ([row.asDict() for row in spark.sql(q).collect()] for q in queries())
+    (found,) = trained
+    # `twin` is p0 under another id: their pair is trained on once.
+    counted = len({row["prompt_hash"] for row in rows if row["split"] == "train"})
+    assert (found["annotate_run"], found["training"]) == (rows[0]["run_id"], training["run_id"])
+    assert (found["preferences_version"], found["train_pairs"]) == (version, counted)
+    assert [(r["reward_version"], r["annotate_in_mlflow"]) for r in reward] == [
+        ("plain/3", annotate.run_id)
+    ]
+    manifest = json.loads((warehouse.warehouse.parent / "out/pairs/manifest.json").read_text())
+    assert spark.sql(manifest["query"]).count() == len(rows)
+
+    # The table goes on; the search does not: same pairs, same MLflow run, nothing trained anew.
+    spark.sql(f"DELETE FROM delta.`{folder}/preferences` WHERE prompt_id = 'p1'")
+    capsys.readouterr()
+    assert main(["--config", write_config(warehouse, start)]) == 0
+    printed = capsys.readouterr().out
+    assert f"goes on with version {version}" in printed
+    assert printed.count("done before") == 2
+    again = client.search_runs([experiment.experiment_id])
+    assert {run.info.run_id for run in again} == {run.info.run_id for run in runs}
+    assert {run.info.status for run in again} == {"FINISHED"}
+    other = {"reward": REWARD, "version": version + 1}
+    with pytest.raises(ConfigError) as caught:
+        main(["--config", write_config(warehouse, start, preferences=other)])
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "preferences.reward", "preferences.version",
+    ]  # fmt: skip
+
+
+def test_pairs_that_cannot_be_meant_or_read_are_refused_before_a_model_loads(
+    spark: SparkSession, warehouse: Annotated, tmp_path: Path
+) -> None:
+    missing = tmp_path / "no-model"
+
+    def refused(kind: type[Exception], **preferences: Any) -> str:
+        with pytest.raises(kind) as caught:
+            main(["--config", write_config(warehouse, missing, preferences=preferences)])
+        assert not (tmp_path / "out" / "pairs").exists()
+        return str(caught.value)
+
+    mixed = refused(InputError, reward=None)
+    assert "3 sets of pairs match" in mixed
+    assert "preferences.reward" in mixed
+    assert mixed.count(REWARD) == 2
+    assert "no pairs match" in refused(InputError, dataset="absent")
+    old = warehouse.version("preferences")
+    place = warehouse.warehouse / "preferences"
+    spark.sql(f"UPDATE delta.`{place}` SET run_id = concat(run_id, '-again')")
+    kept = {Path(file).name for file in DeltaTable(str(place)).file_uris()}
+    for file in place.rglob("*.parquet"):
+        if file.name not in kept and "_delta_log" not in file.parts:
+            file.unlink()  # as a vacuum does
+    gone = refused(TableError, version=old)
+    assert f"version {old} of preferences cannot be read" in gone
+    assert "vacuum" in gone
+    assert "version 999" in refused(TableError, version=999)
+
+
+def test_a_tracking_server_that_is_down_stops_it_before_the_pairs_are_read(
+    warehouse: Annotated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracking = {"uri": "http://127.0.0.1:1"}
+    config = write_config(warehouse, tmp_path / "no-model", tracking=tracking)
+    with pytest.raises(SetupError, match="MLflow cannot be used"):
+        main(["--config", config])
+    assert not (tmp_path / "out" / "pairs").exists()

@@ -12,13 +12,14 @@ import json
 import re
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cdr.config import AnnotateConfig, RunSpec
+from cdr.downstream_config import DownstreamConfig, DownstreamTrackingSpec
 from cdr.evaluation_config import (
     EvaluateConfig,
     EvaluateTrackingSpec,
@@ -26,7 +27,7 @@ from cdr.evaluation_config import (
     QuickSpec,
     StatisticsSpec,
 )
-from cdr.reward_config import ModelSpec, RewardSpec
+from cdr.reward_config import ApiSpec, ModelSpec, RewardSpec
 from cdr.simpo_config import SimpoConfig, SimpoTrackingSpec
 from cdr.study_config import StudyConfig, StudyEncodingSpec, StudyModelSpec, StudyTrackingSpec
 
@@ -34,11 +35,12 @@ _INTRODUCTION = """\
 # Config reference
 
 <!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py,
-cdr/reward_config.py, cdr/evaluation_config.py, cdr/study_config.py and cdr/simpo_config.py. -->
+cdr/reward_config.py, cdr/evaluation_config.py, cdr/study_config.py, cdr/simpo_config.py and
+cdr/downstream_config.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
 by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`); its keys, those of a study
-(`conf/study/`) and of a training (`conf/train/`) come last. Unknown keys are errors, and all
+(`conf/study/`), a training (`conf/train/`) and a downstream run (`conf/downstream/`) come last. Unknown keys are errors, and all
 problems of a file are reported together, before Spark starts.
 
 ## Where values come from
@@ -84,12 +86,19 @@ _TRAINING = """
 MLflow's experiment is `cdr-simpo`; it should be in the store of the annotate run, to link the two.
 """
 
+_DOWNSTREAM = """
+## Keys of a downstream run
+
+For `conf/downstream/`. `policy` is a model as in a reward, `scoring` is as `run` above, and
+`statistics` as an evaluation's; MLflow's experiment is `cdr-downstream`.
+"""
+
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
 # What a study has as an evaluation or a reward does.
 _SAME_IN_STUDY = (
-    PairsInputSpec, QuickSpec, StatisticsSpec, StudyEncodingSpec, StudyTrackingSpec,
+    ApiSpec, PairsInputSpec, QuickSpec, StatisticsSpec, StudyEncodingSpec, StudyTrackingSpec,
 )  # fmt: skip
 
 
@@ -102,8 +111,10 @@ def render_config_reference() -> str:
     seen = (*known, *_SAME_IN_STUDY)
     study = _sections(StudyConfig, "", "A study", seen)
     training = _sections(SimpoConfig, "", "A training", (SimpoTrackingSpec,))
+    told = (RewardSpec, RunSpec, ModelSpec, ApiSpec, StatisticsSpec, DownstreamTrackingSpec)
+    downstream = _sections(DownstreamConfig, "", "A downstream run", told)
     parts = [_INTRODUCTION, *run, _EVALUATION, *evaluation, _STUDY, *study, _TRAINING, *training]
-    return "".join(parts)
+    return "".join([*parts, _DOWNSTREAM, *downstream])
 
 
 def _sections(
@@ -153,6 +164,8 @@ def _row(name: str, field: FieldInfo) -> str:
 def _type_name(annotation: Any) -> str:
     """Name a type the way YAML shows it; `None` is in the default column."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):

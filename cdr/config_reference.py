@@ -40,8 +40,8 @@ cdr/downstream_config.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
 by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`); its keys, those of a study
-(`conf/study/`), a training (`conf/train/`) and a downstream run (`conf/downstream/`) come last. Unknown keys are errors, and all
-problems of a file are reported together, before Spark starts.
+(`conf/study/`), a training (`conf/train/`) and a downstream run (`conf/downstream/`) come last.
+Unknown keys are errors, and all problems of a file are reported together, before Spark starts.
 
 ## Where values come from
 

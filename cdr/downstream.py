@@ -367,7 +367,7 @@ class PolicyComparison:
         statistics = self._config.statistics
         judged = pd.DataFrame({"status": [], "margin": [], "longer": []})
         if plan is not None:
-            key = plan.annotation.reward_key
+            key = plan.annotation.reward.key
             judged = load_judged(self._warehouse, plan.annotation.dataset, key)
             judged["longer"] = judged["chosen_num_tokens"] - judged["rejected_num_tokens"]
         ok = judged[judged["status"] == "ok"]

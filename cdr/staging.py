@@ -123,7 +123,11 @@ class Staging:
         with closing(files.create(unfinished, True)) as stream:
             stream.write(bytearray(_Note.of_this_process().render().encode()))
         if not files.rename(unfinished, note):
-            raise TableError("the run's staging folder cannot be written", where=self._folder)
+            raise TableError(
+                "the run's staging folder cannot be written",
+                where=self._folder,
+                fix="let Spark's user write in the warehouse's folder",
+            )
 
     def _read_note(self, place: str) -> _Note | None:
         path = self._path(place)

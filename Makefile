@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm setup-browser demo evaluate report-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser doctor demo evaluate report-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -78,6 +78,9 @@ setup-browser: ## Add Chromium for the report page's tests, where apt-get may (a
 	echo "note: no Chromium, so the report page's tests in a browser are skipped" >&2; \
 	echo "  fix: install one (apt-get install chromium), or name its program in CDR_BROWSER" >&2
 
+doctor: $(READY) ## Check Java, Spark, GPUs, memory and disks; say what is missing (ARGS="--config FILE --spark")
+	@$(BIN)/python -m cdr.doctor $(ARGS)
+
 java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import find_java; import sys; sys.exit(run_job(lambda: 0 if find_java() else 1))'
 
 demo: setup java ## Annotate the demo input, print what came, and what to try next
@@ -118,9 +121,14 @@ format: $(READY) ## Format the code
 bench-scoring: setup setup-vllm ## Compare the engines with what others do, in one run (ARGS=--quick)
 	@$(BIN)/python benchmarks/scoring.py $(ARGS)
 
-docs: $(READY) ## Write the generated reference pages anew
+docs: $(READY) ## Write the generated reference pages anew, and build the site (site/index.html)
 	@$(BIN)/python -m cdr.config_reference > docs/reference/config.md
 	@$(BIN)/python -m cdr.tables > docs/reference/tables.md
+	@$(BIN)/python -m cdr.prompt_reference conf/prompts/cdr-v1.yaml > docs/reference/prompts.md
+	@$(BIN)/python -m cdr.error_reference > docs/reference/errors.md
+	@$(BIN)/python -m jobs.cli_reference > docs/reference/cli.md
+	@$(BIN)/mkdocs build --quiet
+	@echo "the site: site/index.html"
 
 package: $(READY) ## Build the wheel that clusters install
 	@rm -rf dist

@@ -72,7 +72,7 @@ class ModelError(CdrError):
 
 
 class EngineError(CdrError):
-    """An engine or its host failed; the tail of its log in the message says why. Spark tries again."""
+    """An engine or its host failed: the tail of its log says why. Spark tries the task again."""
 
 
 class EngineDied(EngineError):  # noqa: N818 - an event first: the host loads it again

@@ -36,7 +36,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "all keys: cdr/sampling.py; a walk through: docs/how-to/generate.md",
     )
     parser.add_argument(
-        "--export", type=Path, metavar="FILE", help="write the dataset as JSON lines too, sorted"
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="also write them as JSON lines, sorted",
     )
     return parser.parse_args(arguments)
 

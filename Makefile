@@ -78,7 +78,7 @@ setup-browser: ## Add Chromium for the report page's tests, where apt-get may (a
 	echo "note: no Chromium, so the report page's tests in a browser are skipped" >&2; \
 	echo "  fix: install one (apt-get install chromium), or name its program in CDR_BROWSER" >&2
 
-doctor: $(READY) ## Check Java, Spark, GPUs, memory and disks; say what is missing (ARGS="--config FILE --spark")
+doctor: $(READY) ## Say what this machine lacks (ARGS="--config FILE --spark")
 	@$(BIN)/python -m cdr.doctor $(ARGS)
 
 java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import find_java; import sys; sys.exit(run_job(lambda: 0 if find_java() else 1))'
@@ -127,7 +127,7 @@ docs: $(READY) ## Write the generated reference pages anew, and build the site (
 	@$(BIN)/python -m cdr.prompt_reference conf/prompts/cdr-v1.yaml > docs/reference/prompts.md
 	@$(BIN)/python -m cdr.error_reference > docs/reference/errors.md
 	@$(BIN)/python -m jobs.cli_reference > docs/reference/cli.md
-	@$(BIN)/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "the site: site/index.html"
 
 package: $(READY) ## Build the wheel that clusters install

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -82,14 +82,13 @@ class _Module:
     name: str
     tree: ast.Module
     parents: dict[ast.AST, ast.AST] = field(default_factory=dict)
+    calls: list[ast.Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for node in ast.walk(self.tree):
             self.parents.update((child, node) for child in ast.iter_child_nodes(node))
-
-    @cached_property
-    def calls(self) -> list[ast.Call]:
-        return [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
+            if isinstance(node, ast.Call):
+                self.calls.append(node)
 
     def functions_around(self, node: ast.AST) -> Iterator[_Function]:
         while (node := self.parents.get(node)) is not None:  # type: ignore[assignment]
@@ -265,7 +264,8 @@ def render_error_reference(found: Sequence[Raised]) -> str:
     page += [_reason_table(title, reasons) for title, reasons in _REASONS.items()]
     for kind in dict.fromkeys(error.kind for error in found):
         about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-        page.append(f"## {kind.__name__}: exit code {kind.exit_code}\n\n{about}\n")
+        words = re.sub("(?<=[a-z])(?=[A-Z])", " ", kind.__name__.removesuffix("Error"))
+        page.append(f"## {words.capitalize()} (exit code {kind.exit_code})\n\n{about}\n")
         ours = [error for error in found if error.kind is kind]
         for area in dict.fromkeys(error.area for error in ours):
             blocks = [_block(error) for error in ours if error.area == area]
@@ -303,17 +303,15 @@ def _reason_table(title: str, reasons: type[RejectReason | FailReason | NoPairRe
 
 
 def _assigned(name: str, scope: ast.AST) -> Iterator[ast.expr]:
-    """Give what a scope assigns, adds, appends or yields to a variable, in order."""
-    inner = scope.body if isinstance(scope, ast.Module) else [scope]
-    nodes = inner if isinstance(scope, ast.Module) else list(ast.walk(scope))
-    for node in nodes:
+    """Give what a scope assigns, adds or appends to a variable, in order."""
+    for node in scope.body if isinstance(scope, ast.Module) else ast.walk(scope):
         match node:
             case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
                 yield value
             case ast.AugAssign(target=ast.Name(id=found), value=value) if found == name:
                 yield value
             case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)):
-                yield from (v for n, v in zip(names, values, strict=True) if _name(n) == name)
+                yield from (v for n, v in zip(names, values, strict=False) if _name(n) == name)
             case ast.Call(
                 func=ast.Attribute(value=ast.Name(id=found), attr="append" | "extend"), args=[value]
             ) if found == name:

@@ -24,8 +24,8 @@ _INTRODUCTION = """\
 
 <!-- Written by `python -m jobs.cli_reference` from the parsers in jobs/ and cdr/doctor.py. -->
 
-`jobs/NAME.py` is what Spark submits. The package installs the same as a command, `cdr-NAME`, which
-starts a Spark of its own on one machine. Each of them prints this with `--help`.
+`jobs/NAME.py` is what Spark submits. The package installs most of them as a command too, `cdr-NAME`
+(`cdr-annotate`), which starts Spark on this machine. Each prints what stands here with `--help`.
 """
 
 
@@ -51,7 +51,7 @@ def find_parser(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
             main([])
         except _Found as found:
             return found.parser
-    raise AssertionError(f"{main} reads no command line")
+    raise LookupError(f"{main} reads no command line")
 
 
 def render_cli_reference() -> str:
@@ -77,11 +77,9 @@ def _sections(title: str, parser: argparse.ArgumentParser, level: str) -> Iterat
     ]
     if rows:
         yield "| option | meaning |\n|---|---|\n" + "\n".join(rows) + "\n"
-    if parser.epilog:
-        epilog = parser.epilog
-        if parser.formatter_class is not argparse.RawDescriptionHelpFormatter:
-            epilog = textwrap.fill(epilog, 90)
-        yield f"```text\n{epilog}\n```\n"
+    if epilog := parser.epilog:
+        is_raw = parser.formatter_class is argparse.RawDescriptionHelpFormatter
+        yield f"```text\n{epilog if is_raw else textwrap.fill(epilog, 90)}\n```\n"
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, inner in action.choices.items():

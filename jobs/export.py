@@ -40,8 +40,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="which completions: `dataset` of a config",
     )
-    add("--reward", metavar="NAME", help="name of the reward, or start of its key; to tell several")
-    add("--selection", metavar="KEY", help="start of the pair rule's key; to tell several")
+    reward = "name of the reward, or start of its key; needed where there are several"
+    add("--reward", metavar="NAME", help=reward)
+    selection = "start of the key of the rule that chose; needed where there are several"
+    add("--selection", metavar="KEY", help=selection)
     add("--version", type=int, metavar="N", help="Delta version of the table; default: the latest")
     add("--to", required=True, metavar="DIR", help="folder or URI to write, new or empty")
     add("--format", choices=FORMATS, default="jsonl", help="of files (default: jsonl)")

@@ -1,4 +1,4 @@
-r"""Sample completions for prompts from a policy model.
+r"""Sample completions for prompts from a policy: the model that is to be tuned on them.
 
     spark-submit --properties-file conf/cluster/local.conf \
         jobs/generate.py --config conf/generate/demo.yaml

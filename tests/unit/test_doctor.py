@@ -6,12 +6,22 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from cdr import doctor
-from cdr.doctor import Finding, check_disk, check_packages, check_python, check_spark, check_store
+from cdr.doctor import (
+    Finding,
+    check_devices,
+    check_disk,
+    check_packages,
+    check_python,
+    check_spark,
+    check_store,
+)
+from cdr.node_cache import resolve_cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,3 +152,36 @@ def test_without_its_packages_it_says_so_instead_of_a_traceback(tmp_path: Path) 
     assert done.returncode == 1
     assert "is not installed for" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("is_available", "state", "text"),
+    [(True, "ok", "2 x NVIDIA H100, 80 GiB; dtype auto is bfloat16"), (False, "missing", "none")],
+)
+def test_gpus_must_be_seen_by_pytorch(
+    is_available: bool, state: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = SimpleNamespace(
+        is_available=lambda: is_available,
+        device_count=lambda: 2,
+        get_device_name=lambda _: "NVIDIA H100",
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, __version__="2.13.0"))
+    monkeypatch.setattr(doctor, "has_nvidia", lambda: True)
+    monkeypatch.setattr(doctor, "device_memory_bytes", lambda: 80 << 30)
+    monkeypatch.setattr(doctor, "resolve_dtype", lambda _: "bfloat16")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (found,) = check_devices()
+    assert (found.state, found.fix is None) == (state, is_available)
+    assert text in found.text
+
+
+def test_models_and_store_of_a_config_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    if not (resolve_cache_dir() / "models" / "smollm2-135m-instruct" / "config.json").exists():
+        pytest.skip("the demo model is not here; make it with: python jobs/make_demo_model.py")
+    doctor.main(["--config", str(ROOT / "conf" / "annotate" / "demo.yaml")])
+    lines = capsys.readouterr().out.splitlines()
+    models = {line.split()[2]: line for line in lines if line.split()[1:2] == ["models"]}
+    assert set(models) == {"strong:", "weak:", "router:"}
+    assert "smollm2-135m-instruct-dpo, transformers" in models["strong:"]
+    assert any(line.startswith("ok       mlflow    SQLite at") for line in lines)

@@ -20,17 +20,19 @@ from pydantic.fields import FieldInfo
 
 from cdr.config import AnnotateConfig, RunSpec
 from cdr.evaluation_config import EvaluateConfig, EvaluateTrackingSpec
-from cdr.reward_config import RewardSpec
+from cdr.reward_config import ModelSpec, RewardSpec
+from cdr.sampling import GenerateConfig
 
 _INTRODUCTION = """\
 # Config reference
 
 <!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py,
-cdr/reward_config.py and cdr/evaluation_config.py. -->
+cdr/reward_config.py, cdr/evaluation_config.py and cdr/sampling.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
-by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`), whose keys come last. Unknown
-keys are errors, and all problems of a file are reported together, before Spark starts.
+by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`). Its keys come below, and last
+those of a sampling run (`conf/generate/`). Unknown keys are errors, and all problems of a file are
+reported together, before Spark starts.
 
 ## Where values come from
 
@@ -61,6 +63,12 @@ _EVALUATION = """
 `reward`, `run` and `tracking` are as above; MLflow's experiment is `cdr-evaluate`.
 """
 
+_SAMPLING = """
+## Keys of a sampling run
+
+`policy` takes the keys of `reward.models.<role>`, and `tables` is as above.
+"""
+
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
@@ -70,7 +78,8 @@ def render_config_reference() -> str:
     # What stands under a run already.
     known = (RewardSpec, RunSpec, EvaluateTrackingSpec)
     evaluation = _sections(EvaluateConfig, "", "An evaluation", known)
-    return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation])
+    sampling = _sections(GenerateConfig, "", "A sampling run", (ModelSpec,))
+    return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation, _SAMPLING, *sampling])
 
 
 def _sections(

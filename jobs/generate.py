@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "  --set policy.path=my/policy --set dataset=round-2     another policy\n"
         "  --set sampling.num_samples=8                          more samples of each prompt\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
-        "all keys: cdr/sampling.py; a walk through: docs/how-to/generate.md",
+        "all keys: docs/reference/config.md; a walk through: docs/how-to/generate.md",
     )
     parser.add_argument(
         "--export",

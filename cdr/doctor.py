@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     about = "annotate YAML: are its models found and pinned, does its MLflow store answer"
     add("--config", metavar="FILE", help=about)
-    add("--spark", action="store_true", help="start Spark, write and read a Delta table (half a minute)")
+    add("--spark", action="store_true", help="start Spark, write and read Delta (half a minute)")
     args = parser.parse_args(arguments)
     states = []
     for name, finding in run_checks(args.config, spark=args.spark):

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -141,12 +142,12 @@ def check_spark() -> Iterator[Finding]:
         return
     _, artifact, wanted = coordinates.split(":")
     delta = _version("delta-spark")
-    if delta is None:
+    if delta is None and find_spec("delta") is None:
         fix = f"pip install --no-deps delta-spark=={wanted}"
         yield Finding("missing", "the Python package delta-spark is not installed", fix)
         return
-    text = f"PySpark {spark}, delta-spark {delta}"
-    if delta == wanted:
+    text = f"PySpark {spark}, delta-spark {delta or 'as the cluster has it'}"
+    if delta in (wanted, None):
         yield Finding("ok", text)
     else:
         fix = f"pip install --no-deps delta-spark=={wanted}"

@@ -95,6 +95,7 @@ def test_spark_and_delta_must_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
     first = next(check_spark())
     assert first.state == state
     assert text in first.text

@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm setup-browser demo eval-demo study-demo peer-check report-demo loop-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo study-demo peer-check report-demo loop-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -77,6 +77,9 @@ setup-browser: ## Add Chromium for the report page's tests, where apt-get may (a
 	fi; \
 	echo "note: no Chromium, so the report page's tests in a browser are skipped" >&2; \
 	echo "  fix: install one (apt-get install chromium), or name its program in CDR_BROWSER" >&2
+
+doctor: $(READY) ## Say what this machine lacks (ARGS="--config FILE --spark")
+	@$(BIN)/python -m cdr.doctor $(ARGS)
 
 java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import find_java; import sys; sys.exit(run_job(lambda: 0 if find_java() else 1))'
 
@@ -183,9 +186,14 @@ bench-scoring: setup setup-vllm ## Compare the engines with what others do, in o
 peer-check: setup ## Compare our rewards with TRL's log-probs on the demo's 224 completions
 	@$(BIN)/python benchmarks/peer_check.py $(ARGS)
 
-docs: $(READY) ## Write the generated reference pages anew
+docs: $(READY) ## Write the generated reference pages anew, and build the site (site/index.html)
 	@$(BIN)/python -m cdr.config_reference > docs/reference/config.md
 	@$(BIN)/python -m cdr.tables > docs/reference/tables.md
+	@$(BIN)/python -m cdr.prompt_reference conf/prompts/cdr-v1.yaml > docs/reference/prompts.md
+	@$(BIN)/python -m cdr.error_reference > docs/reference/errors.md
+	@$(BIN)/python -m jobs.cli_reference > docs/reference/cli.md
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "the site: site/index.html"
 
 package: $(READY) ## Build the wheel that clusters install
 	@rm -rf dist

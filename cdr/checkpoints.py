@@ -46,7 +46,11 @@ def hash_model(folder: Path) -> str:
     """
     files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
     if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError("the start model's folder has no .safetensors weights", where=str(folder))
+        raise ModelError(
+            "the start model's folder has no .safetensors weights",
+            where=str(folder),
+            fix="name a folder that transformers' save_pretrained wrote",
+        )
     total = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:

@@ -38,7 +38,7 @@ def make_parser(description: str | None, *, config: str, epilog: str) -> argpars
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help=config)
-    override = "override a config value"
+    override = "change one key of the config for this run, as in --set dataset=try; may be repeated"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
     return parser
 
@@ -57,7 +57,7 @@ def make_wave_parser(
     parser = make_parser(description, config=config, epilog=f"{epilog}\n\n{EXIT_CODES}")
     add = parser.add_argument
     add("--limit", type=positive, metavar="N", help=f"try N prompts; {limit}")
-    hours = "stop after the wave in flight at this age"
+    hours = "after H hours, commit the wave (part of the work) in flight and stop with exit code 4"
     add("--max-hours", type=float, metavar="H", help=hours)
     return parser
 
@@ -74,7 +74,7 @@ def add_warehouse(parser: argparse.ArgumentParser) -> None:
     """Let a command line name a warehouse, for jobs that carry out no config."""
     add = parser.add_argument
     add("--warehouse", required=True, metavar="DIR", help="folder or URI of the tables")
-    place = "another place of a table, as `tables` in a config: a path or a catalog name"
+    place = "where a table lies if not in the warehouse: a path or a catalog name; may be repeated"
     add("--place", action="append", default=[], metavar="TABLE=PLACE", help=place)
 
 

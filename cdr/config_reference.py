@@ -28,6 +28,7 @@ from cdr.evaluation_config import (
     StatisticsSpec,
 )
 from cdr.reward_config import ApiSpec, ModelSpec, RewardSpec
+from cdr.sampling import GenerateConfig
 from cdr.simpo_config import SimpoConfig, SimpoTrackingSpec
 from cdr.study_config import StudyConfig, StudyEncodingSpec, StudyModelSpec, StudyTrackingSpec
 
@@ -35,13 +36,14 @@ _INTRODUCTION = """\
 # Config reference
 
 <!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py,
-cdr/reward_config.py, cdr/evaluation_config.py, cdr/study_config.py, cdr/simpo_config.py and
-cdr/downstream_config.py. -->
+cdr/reward_config.py, cdr/evaluation_config.py, cdr/study_config.py, cdr/simpo_config.py,
+cdr/downstream_config.py and cdr/sampling.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
 by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`); its keys, those of a study
-(`conf/study/`), a training (`conf/train/`) and a downstream run (`conf/downstream/`) come last.
-Unknown keys are errors, and all problems of a file are reported together, before Spark starts.
+(`conf/study/`), a training (`conf/train/`), a downstream run (`conf/downstream/`) and a sampling
+run (`conf/generate/`) come last. Unknown keys are errors, and all problems of a file are reported
+together, before Spark starts.
 
 ## Where values come from
 
@@ -93,6 +95,12 @@ For `conf/downstream/`. `policy` is a model as in a reward, `scoring` is as `run
 `statistics` as an evaluation's; MLflow's experiment is `cdr-downstream`.
 """
 
+_SAMPLING = """
+## Keys of a sampling run
+
+`policy` takes the keys of `reward.models.<role>`, and `tables` is as above.
+"""
+
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
@@ -114,7 +122,8 @@ def render_config_reference() -> str:
     told = (RewardSpec, RunSpec, ModelSpec, ApiSpec, StatisticsSpec, DownstreamTrackingSpec)
     downstream = _sections(DownstreamConfig, "", "A downstream run", told)
     parts = [_INTRODUCTION, *run, _EVALUATION, *evaluation, _STUDY, *study, _TRAINING, *training]
-    return "".join([*parts, _DOWNSTREAM, *downstream])
+    sampling = _sections(GenerateConfig, "", "A sampling run", (ModelSpec, ApiSpec))
+    return "".join([*parts, _DOWNSTREAM, *downstream, _SAMPLING, *sampling])
 
 
 def _sections(

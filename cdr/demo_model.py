@@ -157,7 +157,9 @@ def _write_tokenizer(gguf: Path, folder: Path) -> None:
     backend.save(str(folder / "tokenizer.json"))
     template = loaded.chat_template
     if not isinstance(template, str):
-        raise ModelError("the GGUF has no chat template", where=str(gguf))
+        raise ModelError(
+            "the GGUF has no chat template", where=str(gguf), fix=f"reinstall {PACKAGE}"
+        )
     (folder / "chat_template.jinja").write_text(template, "utf-8")
     _write_json(
         folder / "tokenizer_config.json",

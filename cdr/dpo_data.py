@@ -106,7 +106,8 @@ def read_pairs(paths: Sequence[Path]) -> list[PreferencePair]:
         found = sorted(p for p in path.rglob("*") if p.suffix in {".jsonl", ".parquet"})
         files.extend(found if path.is_dir() else [path])
     if not files:
-        raise InputError("no .jsonl or .parquet file found", where=", ".join(map(str, paths)))
+        where = ", ".join(map(str, paths))
+        raise InputError("no .jsonl or .parquet file found", where=where, fix="correct --pairs")
     pairs: dict[str, PreferencePair] = {}
     for file in files:
         for number, row in enumerate(_read_rows(file), start=1):
@@ -252,11 +253,17 @@ def _read_rows(file: Path) -> Iterator[Mapping[str, Any]]:
                     try:
                         yield json.loads(line)
                     except ValueError as error:
-                        raise InputError(f"not JSON: {error}", where=f"{file}:{number}") from None
+                        raise InputError(
+                            f"not JSON: {error}",
+                            where=f"{file}:{number}",
+                            fix="write one JSON object per line",
+                        ) from None
         return
     if file.suffix != ".parquet":
         raise InputError(
-            f"expected .jsonl or .parquet, got {file.suffix or 'no suffix'}", where=str(file)
+            f"expected .jsonl or .parquet, got {file.suffix or 'no suffix'}",
+            where=str(file),
+            fix="name such files in --pairs, or folders that hold them",
         )
     from pyarrow import parquet
 
@@ -267,7 +274,9 @@ def _make_pair(row: Mapping[str, Any], *, default_source: str, where: str) -> Pr
     missing = [name for name in REQUIRED_COLUMNS if row.get(name) is None]
     if missing:
         raise InputError(
-            f"missing or null: {', '.join(missing)}; present: {', '.join(sorted(row))}", where=where
+            f"missing or null: {', '.join(missing)}; present: {', '.join(sorted(row))}",
+            where=where,
+            fix=f"give every row {', '.join(REQUIRED_COLUMNS)}",
         )
     prompt = row["prompt"]
     if isinstance(prompt, str):
@@ -295,6 +304,7 @@ def _answer_text(answer: Any, where: str) -> str:
         raise InputError(
             f"expected an answer as text or one assistant message, got {len(answer)} messages",
             where=where,
+            fix="put all turns but the last answer into the prompt",
         )
     return str(answer[0]["content"])
 

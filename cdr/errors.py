@@ -2,7 +2,8 @@
 
 Every error says what was wrong, where, and what to do. Jobs turn the classes below into exit codes
 (`CdrError.exit_code`). A problem of one row is a `RowRejected` inside the library and a
-`RejectReason` in the tables; it never ends a run.
+`RejectReason` in the tables; it never ends a run. docs/reference/errors.md is written from here and
+from the places that raise (`cdr.error_reference`): a text below a reason is its row on that page.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class ModelError(CdrError):
 
 
 class EngineError(CdrError):
-    """An engine or its host failed; the message ends with the tail of the host's log."""
+    """An engine or its host failed: the tail of its log says why. Spark tries the task again."""
 
 
 class EngineDied(EngineError):  # noqa: N818 - an event first: the host loads it again
@@ -98,24 +99,51 @@ class RejectReason(StrEnum):
     """Why a row was refused for good; the value is what tables hold in `reason`."""
 
     NULL_PROMPT = "null_prompt"
+    """The prompt is null; with layout `joined`, a completion whose prompt is missing. Mend the
+    input."""
     EMPTY_PROMPT = "empty_prompt"
+    """The prompt is blank or has no messages. Mend the input."""
     BAD_MESSAGES = "bad_messages"
+    """Roles, order or content of the messages are wrong: `system`, `user` and `assistant` with
+    text each, the last one the user's."""
     NULL_COMPLETION = "null_completion"
+    """The completion is null or not text. Mend the input."""
     EMPTY_COMPLETION = "empty_completion"
+    """The completion is blank: the policy ended its turn at once. Nothing to do, or sample
+    again."""
     UNEVEN_ARRAYS = "uneven_arrays"
+    """With layout `array`, the ids or finish reasons are more or fewer than the completions."""
     DUPLICATE_ID = "duplicate_id"
+    """A `prompt_id` with two prompts, or a `completion_id` twice in a prompt: map other
+    columns, or none."""
     UNKNOWN_DOMAIN = "unknown_domain"
+    """The domain column holds a name that the prompt pack does not have."""
     UNKNOWN_SECTION = "unknown_section"
+    """A labelled pair's section is none of the config's `sections`: list it there, or map
+    another column."""
     UNKNOWN_SUBSET = "unknown_subset"
+    """A labelled pair's subset belongs to no section: list it, or map another column."""
     EQUAL_COMPLETIONS = "equal_completions"
+    """Chosen and rejected of a labelled pair are the same text: there is nothing to judge."""
     SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"
+    r"""The text holds a control token such as `<\|im_end\|>`, which could forge a turn;
+    `reward.encoding.special_tokens_in_text: as_text` takes it as ordinary text."""
     TOO_LONG = "too_long"
+    """Prompt and completion exceed the model's `max_length`: raise it as far as the model
+    goes, or set `reward.encoding.drop_exemplar_when_too_long`."""
     TEMPLATE_REFUSED = "template_refused"
+    """The chat template does not take these turns: see `reward.encoding.template`."""
     BOUNDARY_UNSTABLE = "boundary_unstable"
+    """The tokenizer has no ids for this text behind the template. Rare: look at the row."""
     OUTSIDE_VOCABULARY = "outside_vocabulary"
+    """The tokenizer gives an id without an embedding: it has more added tokens than the model."""
     NO_OTHER_CANDIDATE = "no_other_candidate"
+    """A judge compares, and the prompt has one candidate only: sample more of them."""
     JUDGE_REFUSED = "judge_refused"
+    """The judge refuses to answer a question about this completion; it is not asked again."""
     JUDGE_UNCLEAR = "judge_unclear"
+    """The judge's answer to a question about this completion is neither A nor B; it is not asked
+    again."""
 
 
 class RowRejected(Exception):  # noqa: N818 - a verdict on a row, not an error of the program
@@ -135,17 +163,31 @@ class FailReason(StrEnum):
     """Why a row has no score this time; it is tried again on the next run."""
 
     NON_FINITE_LOGPROB = "non_finite_logprob"
+    """The engine gave NaN or infinity: try `dtype: float32`, or another engine."""
     ENGINE_DIED_TWICE = "engine_died_twice"
+    """The engine host died twice of this completion alone, mostly for want of memory: lower
+    `max_length` or `batch_tokens`; the host's log has its last words."""
     ENGINE_ERROR = "engine_error"
+    """The engine refused this request; `rewards.error` and the host's log say why. Run again."""
     NOT_SCORED = "not_scored"
+    """The run ended before its turn, or a wave was given up. Run again."""
     JUDGE_TIMEOUT = "judge_timeout"
+    """The judge's endpoint did not answer in time, in all tries. Run again; `api.timeout_s`."""
     JUDGE_UNAVAILABLE = "judge_unavailable"
+    """The judge's endpoint was down or refused for now, in all tries. Run again, or ask less at a
+    time: `api.concurrency`, `api.requests_per_minute`."""
 
 
 class NoPairReason(StrEnum):
     """Why a prompt gave no preference pair."""
 
     ONE_CANDIDATE = "one_candidate"
+    """Fewer than two scored candidates: sample more per prompt, or see why the others were
+    left out."""
     TIE = "tie"
+    """The best reward is not above the rejected one's: equal texts, or models without a
+    difference."""
     BELOW_MIN_MARGIN = "below_min_margin"
+    """The margin is below `pairs.min_margin`."""
     OUTSIDE_LENGTH_WINDOW = "outside_length_window"
+    """No candidate has a length near the chosen one's, and `pairs.fallback` is `no_pair`."""

@@ -76,7 +76,11 @@ class Files:
         (path, files), (other, _) = self._open(source), self._open(target)
         # Hadoop would move a folder into the one that is there.
         if files.exists(other) or not files.rename(path, other):
-            raise TableError(f"cannot be moved to {target}", where=source)
+            raise TableError(
+                f"cannot be moved to {target}",
+                where=source,
+                fix="let Spark's user write there, and run again when no other run does",
+            )
 
     def delete(self, place: str) -> None:
         """Delete a file, or a folder with all in it."""

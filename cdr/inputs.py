@@ -30,6 +30,7 @@ from cdr.sources import (
     ColumnType,
     array_of,
     check_columns,
+    no_rows,
     read_source,
     reading,
     refuse_mixed_json,
@@ -58,7 +59,7 @@ def read_candidates(
     rows = _read_rows(spark, source)
     with reading(source):
         if rows.isEmpty():
-            raise InputError("the input has no rows", where=source.place)
+            raise no_rows(source.place)
     return make_candidates(rows, source, domains=domains)
 
 
@@ -126,7 +127,11 @@ def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
         refuse_mixed_json(spark, place_of, frame, _texts(source.columns))
     with reading(source):
         if not prompts.groupBy(key).count().where("count > 1").isEmpty():
-            raise InputError(f"the prompts have the same {key} more than once", where=place)
+            raise InputError(
+                f"the prompts have the same {key} more than once",
+                where=place,
+                fix="keep one row of each prompt",
+            )
     return joined
 
 

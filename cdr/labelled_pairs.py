@@ -25,6 +25,7 @@ from cdr.sources import (
     PROMPT,
     TEXT,
     check_columns,
+    no_rows,
     read_source,
     reading,
     refuse_mixed_json,
@@ -54,7 +55,7 @@ def load_pairs(plan: EvaluationPlan, run: Context) -> DataFrame:
     # One row per reason; null: the pairs that fit.
     reasons = {row[0]: row[1] for row in pairs.groupBy("reason").count().collect()}
     if not reasons:
-        raise InputError("the input has no rows", where=source.place)
+        raise no_rows(source.place)
     unfit = ", ".join(
         f"{name} {count:,}" for name, count in sorted(reasons.items(), key=str) if name
     )

@@ -223,7 +223,11 @@ def parse_interval(text: str) -> float:
     """
     plain = text.lower().removeprefix("interval").strip()
     if not re.fullmatch(r"(\d+\s*(week|day|hour|minute|second)s?\s*)+", plain):
-        raise TableError(f"not an interval of weeks, days, hours, minutes or seconds: '{text}'")
+        raise TableError(
+            f"not an interval of weeks, days, hours, minutes or seconds: '{text}'",
+            fix="correct the table's delta.deletedFileRetentionDuration or "
+            "delta.logRetentionDuration by ALTER TABLE ... SET TBLPROPERTIES",
+        )
     found = re.findall(r"(\d+)\s*([a-z]+?)s?\b", plain)
     return sum(int(number) * _UNIT_HOURS[unit] for number, unit in found)
 
@@ -383,6 +387,7 @@ def migrate(
             raise TableError(
                 f"'{table.name}' is not a table of this package: it has no schema version",
                 where=warehouse.place(table),
+                fix="check --warehouse and --place",
             )
         if int(found) > to_version:
             raise TableError(

@@ -160,7 +160,10 @@ def vacuum_tables(warehouse: Warehouse, args: argparse.Namespace) -> None:
         InputError: a confirmation is missing; it says what would be lost.
     """
     if not args.retain_hours >= 0:
-        raise InputError(f"--retain-hours must be 0 or more, got {args.retain_hours}")
+        raise InputError(
+            f"--retain-hours must be 0 or more, got {args.retain_hours}",
+            fix="--retain-hours 168 keeps a week, as Delta does by itself",
+        )
     plans = [
         plan_vacuum(warehouse, table, args.retain_hours)
         for table in choose_tables(warehouse, args.table)

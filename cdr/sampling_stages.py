@@ -22,7 +22,15 @@ from cdr.errors import InputError, RejectReason
 from cdr.gpus import task_gpus
 from cdr.inputs import NOT_BLANK, messages_column, optional_column, prompt_hash
 from cdr.sampling import PromptsSpec, SamplingPlan
-from cdr.sources import IDENTIFIER, PROMPT, TEXT, check_columns, read_source, reading
+from cdr.sources import (
+    IDENTIFIER,
+    PROMPT,
+    TEXT,
+    check_columns,
+    no_rows,
+    read_source,
+    reading,
+)
 from cdr.stages import MapFunction
 from cdr.staging import Staging
 from cdr.tables import COMPLETIONS, REJECTS
@@ -128,7 +136,7 @@ def read_prompts(spark: SparkSession, source: PromptsSpec) -> DataFrame:
     )
     with reading(source):
         if rows.isEmpty():
-            raise InputError("the input has no rows", where=source.place)
+            raise no_rows(source.place)
     messages = messages_column(rows, columns.prompt)
     named = rows.select(
         messages.alias("prompt"),

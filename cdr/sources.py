@@ -105,7 +105,7 @@ def read_source(spark: SparkSession, source: SourceSpec) -> DataFrame:
         frame = reader.format(source.format).load(place)
         # Schemas are read lazily; a folder of another format shows itself only now.
         if not frame.schema.fields:
-            raise InputError("the input has no rows", where=place)
+            raise no_rows(place)
     return frame
 
 
@@ -127,6 +127,12 @@ def reading(source: SourceSpec) -> Iterator[None]:
         raise known from None
 
 
+def no_rows(place: str) -> InputError:
+    """Make the error of an input without a single row."""
+    fix = "check input.path, and that what writes it has finished"
+    return InputError("the input has no rows", where=place, fix=fix)
+
+
 @contextmanager
 def _opening(source: SourceSpec) -> Iterator[None]:
     """Make whatever Spark says against opening the input an error of the input."""
@@ -135,7 +141,7 @@ def _opening(source: SourceSpec) -> Iterator[None]:
             yield
     except (PySparkException, Py4JJavaError) as error:
         if "UNABLE_TO_INFER_SCHEMA" in str(error):
-            raise InputError("the input has no rows", where=source.place) from None
+            raise no_rows(source.place) from None
         raise InputError(
             f"the input cannot be read as {source.format}: {_first_line(error)}",
             where=source.place,

@@ -207,7 +207,10 @@ class Warehouse:
     def _writer(self, table: Table, rows: DataFrame) -> DataFrameWriter:
         missing = [name for name in table.names() if name not in rows.columns]
         if missing:
-            raise TableError(f"{table.name}: rows lack the columns {missing}")
+            raise TableError(
+                f"{table.name}: rows lack the columns {missing}",
+                fix="a stage and cdr/tables.py disagree: an error of this package, report it",
+            )
         typed = [F.col(name).cast(field.dataType).alias(name) for name, field in zip(
             table.names(), table.schema(), strict=True)]  # fmt: skip
         return rows.select(*typed).write.format("delta")
@@ -290,7 +293,10 @@ class Warehouse:
             return DeltaTable.forName(self.spark, place)
         except AnalysisException as error:
             raise TableError(
-                f"table '{table.name}' cannot be read: {str(error).splitlines()[0]}", where=place
+                f"table '{table.name}' cannot be read: {str(error).splitlines()[0]}",
+                where=place,
+                fix="a first run writes it (jobs/annotate.py); if one has, check `warehouse` and "
+                "`tables`",
             ) from None
 
 
@@ -301,5 +307,7 @@ def _is_path(place: str) -> bool:
 def _quoted(value: str) -> str:
     """Guard a literal in a SQL condition; names are checked in the config as well."""
     if not re.fullmatch(r"[\w.\-]+", value):
-        raise TableError(f"not a plain name: {value!r}")
+        raise TableError(
+            f"not a plain name: {value!r}", fix="use letters, digits and the characters . _ -"
+        )
     return value

@@ -3,9 +3,10 @@ r"""Annotate completions with a reward and choose preference pairs.
     spark-submit --properties-file conf/cluster/local.conf \
         jobs/annotate.py --config conf/annotate/demo.yaml
 
-Reads prompts and completions, routes prompts to domains, scores completions with a strong and a
-weak model, and writes the Delta tables routes, logprobs, rewards, preferences, rejects and runs.
-Run it again to go on after an interruption: only what is missing is scored.
+Reads prompts and completions, routes prompts to domains, scores completions with a strong (better
+aligned) and a weak model, and writes the Delta tables routes, logprobs, rewards, preferences,
+unpaired, rejects and runs. Run it again to go on after an interruption: only what is missing is
+scored.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="examples of --set:\n"
         "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
         "  --reward models:/mistral-dpo-over-sft@champion        a registered one\n"
-        "  --set reward.routing.mode=none                        no conditioning at all\n"
+        "  --set reward.routing.mode=none                        no criteria: prompts as they are\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
         "  --set pairs.rejected=lowest --set pairs.min_margin=1.0\n"
         "all keys: docs/reference/config.md",

@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_wave_parser(
         __doc__,
         config="evaluate YAML: a path or URI, see conf/evaluate/ and conf/benchmark/",
-        limit="pairs here; results go to the benchmark NAME.limit-N",
+        limit="each is a pair here; results go to the benchmark NAME.limit-N",
         epilog="examples of --set:\n"
         "  --set reward=conf/rewards/mistral-dpo-over-sft.yaml   another reward\n"
         "  --set reward=models:/mistral-dpo-over-sft@champion    a registered one\n"
@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="about 200 pairs, equal shares of the sections")
     add("--rows", nargs="+", metavar="ROW", help="only these rows of the config")
-    audit = "evaluate each reward with a router also with the true domains, and compare"
+    audit = "evaluate a second time with the true domains in the router's place, and compare"
     add("--audit-router", action="store_true", help=audit)
     compare = "compare two rewards by the pairs stored by earlier runs; score nothing"
     add("--compare", nargs=2, metavar=("A", "B"), help=compare)

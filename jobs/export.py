@@ -34,13 +34,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_warehouse(parser)
     add = parser.add_argument
-    add("--dataset", required=True, metavar="NAME", help="name of the set of completions")
-    add("--reward", metavar="NAME", help="the reward's name, or the start of its key")
-    add("--selection", metavar="KEY", help="start of the key of the rule that chose the pairs")
+    add(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="which completions: `dataset` of a config",
+    )
+    reward = "name of the reward, or start of its key; needed where there are several"
+    add("--reward", metavar="NAME", help=reward)
+    selection = "start of the key of the rule that chose; needed where there are several"
+    add("--selection", metavar="KEY", help=selection)
     add("--version", type=int, metavar="N", help="Delta version of the table; default: the latest")
     add("--to", required=True, metavar="DIR", help="folder or URI to write, new or empty")
-    add("--format", choices=FORMATS, default="jsonl", help="of the files (default: jsonl)")
-    add("--layout", choices=LAYOUTS, default="messages", help="of the columns (default: messages)")
+    add("--format", choices=FORMATS, default="jsonl", help="of files (default: jsonl)")
+    add("--layout", choices=LAYOUTS, default="messages", help="see below (default: messages)")
     more = "keep more columns, for example prompt_id,domain,margin"
     add("--with", dest="extra", default="", metavar="COLUMNS", help=more)
     add("--parts", type=positive, default=1, metavar="N", help="files per split (default: 1)")

@@ -1,4 +1,4 @@
-r"""Sample completions for prompts from a policy model.
+r"""Sample completions for prompts from a policy: the model that is to be tuned on them.
 
     spark-submit --properties-file conf/cluster/local.conf \
         jobs/generate.py --config conf/generate/demo.yaml
@@ -33,10 +33,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "  --set policy.path=my/policy --set dataset=round-2     another policy\n"
         "  --set sampling.num_samples=8                          more samples of each prompt\n"
         "  --set input.path=my.parquet --set input.format=parquet\n"
-        "all keys: cdr/sampling.py; a walk through: docs/how-to/generate.md",
+        "all keys: docs/reference/config.md; a walk through: docs/how-to/generate.md",
     )
     parser.add_argument(
-        "--export", type=Path, metavar="FILE", help="write the dataset as JSON lines too, sorted"
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="also write them as JSON lines, sorted",
     )
     return parser.parse_args(arguments)
 

@@ -47,9 +47,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         commands, "forget", forget_prompts, "delete prompts by id through every table", tables=False
     )
     add = forget.add_argument
-    add("--prompt-id", action="append", default=[], metavar="ID", help="a prompt; may be repeated")
+    add(
+        "--prompt-id",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="may be repeated",
+    )
     add("--prompt-ids-file", metavar="FILE", help="a prompt id per line; a path or URI")
-    add("--dataset", metavar="NAME", help="only there, its trials included; default: everywhere")
+    add("--dataset", metavar="NAME", help="only in this one and its trials; default: in all")
     unclaimed = "delete log-probs and routes too that no prompt uses any more, whoever's they were"
     add("--unclaimed", action="store_true", help=unclaimed)
 
@@ -59,8 +65,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = vacuum.add_argument
     hours = "keep what versions of the last H hours need; Delta's own default is 168"
     add("--retain-hours", type=float, required=True, metavar="H", help=hours)
-    add("--yes-lose-old-versions", action="store_true", help="needed: time travel to them ends")
-    short = "needed below a table's own retention: files in use would be deleted under a run"
+    add("--yes-lose-old-versions", action="store_true", help="say yes: time travel to them ends")
+    short = "for less than a table's own retention: a run that is alive would lose files it reads"
     add("--yes-nothing-is-running", action="store_true", help=short)
 
     _command(commands, "migrate", migrate_tables, "bring tables to this program's schema version")

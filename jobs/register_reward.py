@@ -49,14 +49,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--name", help="name in the registry; default: the reward's own. In Unity Catalog: "
         "CATALOG.SCHEMA.NAME")  # fmt: skip
-    add("--alias", metavar="ALIAS", help="what is to stand for this version, as `champion`")
+    add("--alias", metavar="ALIAS", help="name for this version from now on, such as champion")
     add(
         "--metrics",
         type=Path,
         metavar="FILE",
-        help="JSON of benchmark numbers to keep with the version, also one that is there",
+        help="JSON of benchmark numbers to keep with the version, be it new or there already",
     )
-    add("--warehouse", metavar="FOLDER", help="its SQLite store is used where no server is named")
+    add("--warehouse", metavar="FOLDER", help="use the SQLite store of this warehouse")
     add("--tracking-uri", metavar="URI", help="MLflow store; default: MLFLOW_TRACKING_URI")
     add(
         "--force",

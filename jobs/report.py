@@ -27,8 +27,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--warehouse", required=True, metavar="PLACE", help="folder or URI of the run's tables")
-    add("--run", metavar="ID", help="the run; without it the last one that finished")
-    add("--runs", metavar="PLACE", help="the table `runs`, where the config put it elsewhere")
+    add("--run", metavar="ID", help="id of the run (default: the last one that finished)")
+    add("--runs", metavar="PLACE", help="place of the table runs, if the config put it elsewhere")
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument(
         "--with-texts", dest="texts", action="store_true", default=None,

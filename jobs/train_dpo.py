@@ -48,25 +48,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=demo, metavar="FOLDER", help="the model to start from")
     name = "what the adapter calls it; None for the folder's name"
     add("--base-name", metavar="NAME", help=name)
-    length = "prompt and longer answer; longer pairs are left out and counted, never cut"
+    length = "of prompt and longer answer; longer pairs are left out and counted, never cut"
     add("--max-length", type=int, default=512, metavar="TOKENS", help=length)
-    most = "train on no more, with equal shares of sections and their subsets; None for all"
+    most = "train on N pairs at most, equal shares of sections and their subsets; None for all"
     add("--max-pairs", type=int, metavar="N", help=most)
-    share = "of each section's prompts, by hash, to measure on; no prompt or group is on both sides"
+    share = "share of each section's prompts to measure on, by hash; no group is on both sides"
     add("--holdout-fraction", type=float, default=0.12, metavar="SHARE", help=share)
     add("--epochs", type=float, default=1.0, metavar="X", help="passes over the pairs")
     add("--batch-size", type=int, default=8, metavar="N", help="pairs per optimizer step")
     add("--learning-rate", type=float, default=3e-4, metavar="X", help="AdamW's peak rate")
-    beta = "of the DPO loss; smaller lets the model move further"
+    beta = "beta of the DPO loss; smaller lets the model move further"
     add("--beta", type=float, default=0.1, metavar="X", help=beta)
-    add("--rank", type=int, default=16, metavar="N", help="of the LoRA matrices")
-    add("--seed", type=int, default=0, metavar="N", help="draws pairs, order and first weights")
+    add("--rank", type=int, default=16, metavar="N", help="rank of the LoRA matrices")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of pairs, order and first weights",
+    )
     dtype = "auto takes bfloat16 where the machine multiplies in it"
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=dtype)
     hours = "stop at a checkpoint after this long, measure that and say so in the card; 0 only "
     hours += "measures the last checkpoint; None for no limit"
     add("--max-hours", type=float, metavar="HOURS", help=hours)
-    add("--threads", type=int, metavar="N", help="per process; None leaves torch's choice")
+    add("--threads", type=int, metavar="N", help="CPU threads per process; None: torch's choice")
     add("--save-steps", type=int, default=20, metavar="N", help="steps between checkpoints")
     keep = "keep every one of them, as stages of the tuning; else the last two while it runs"
     add("--keep-checkpoints", action="store_true", help=keep)

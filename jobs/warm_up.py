@@ -1,4 +1,4 @@
-r"""Bring a run's weights to every node, and say how that went; optionally load the engines.
+r"""Bring a run's weights to every node, and say how that went; optionally load the models.
 
     spark-submit --properties-file conf/cluster/local.conf \
         jobs/warm_up.py --config conf/annotate/demo.yaml
@@ -29,9 +29,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="prints one line per node and model, and with --load one per device;\n"
         "exit codes: 0 all is there, 1 a node failed, 2 bad config or setup",
     )
-    parser.add_argument(
-        "--load", action="store_true", help="load the engines too, as the run would"
-    )
+    parser.add_argument("--load", action="store_true", help="load the models too, as the run would")
     return parser.parse_args(arguments)
 
 

@@ -111,6 +111,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"a LoRA adapter must be a folder with {_CONFIG} and {_WEIGHTS}",
             where=str(folder),
+            fix="name the folder that PEFT's save_pretrained wrote",
         ) from error
     return config
 

@@ -186,7 +186,8 @@ def make_engine(spec: EngineSpec, num_threads: int | None = None) -> LogprobEngi
 
         return ClassifierEngine(spec, num_threads=num_threads)
     raise ModelError(
-        f"engine must be 'transformers', 'vllm', 'classifier' or 'stub', got {spec.engine!r}"
+        f"engine must be 'transformers', 'vllm', 'classifier' or 'stub', got {spec.engine!r}",
+        fix="set the model's engine, or `engine` for all models of the reward",
     )
 
 
@@ -197,7 +198,10 @@ def check_length(spec: EngineSpec, num_prefix_tokens: int, num_new_tokens: int) 
         ModelError: with both lengths.
     """
     if num_prefix_tokens < 1 or num_new_tokens < 1:
-        raise ModelError("prefix and completion must have at least one token each, got none")
+        raise ModelError(
+            "prefix and completion must have at least one token each, got none",
+            fix="reject such rows before they reach the engine",
+        )
     if num_prefix_tokens + num_new_tokens > spec.max_length:
         raise ModelError(
             f"prefix and completion must have at most {spec.max_length} tokens together, "

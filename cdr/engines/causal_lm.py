@@ -186,7 +186,8 @@ def check_spec(spec: EngineSpec) -> None:
     elif json.loads(spec.extra):
         problem = f"the {spec.engine} engine takes no extra arguments, got {spec.extra}"
     if problem:
-        raise ModelError(problem, where=f"engine {spec.name}")
+        fix = "correct the model in the reward's config"
+        raise ModelError(problem, where=f"engine {spec.name}", fix=fix)
 
 
 def load_model(kind: Any, spec: EngineSpec, device: torch.device) -> Any:
@@ -251,6 +252,7 @@ def _merge_adapter(model: Any, folder: Path) -> Any:
             "a LoRA adapter must be a folder with adapter_config.json and "
             "adapter_model.safetensors",
             where=str(folder),
+            fix="name the folder that PEFT's save_pretrained wrote",
         )
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
 
@@ -262,6 +264,7 @@ def _resolve_layer_types(config: Any, spec: EngineSpec) -> tuple[str, ...]:
         raise ModelError(
             f"max_length must be at most the model's {limit} positions, got {spec.max_length}",
             where=f"engine {spec.name}",
+            fix=f"set the model's max_length to {limit} or less",
         )
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     original = rope.get("original_max_position_embeddings") or limit
@@ -270,6 +273,7 @@ def _resolve_layer_types(config: Any, spec: EngineSpec) -> tuple[str, ...]:
             f"with {rope['rope_type']} RoPE max_length must be at most {original}, "
             f"got {spec.max_length}: log-probs would depend on the batch",
             where=f"engine {spec.name}",
+            fix=f"set the model's max_length to {original} or less",
         )
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ["sliding_attention"])

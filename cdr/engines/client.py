@@ -328,4 +328,4 @@ class EngineClient:
             raise self._failure(f"the engine host on {self._device} {what}") from error
 
     def _failure(self, what: str) -> EngineError:
-        return EngineError(f"{what}{self._place.log_tail()}")
+        return EngineError(what + self._place.log_tail())

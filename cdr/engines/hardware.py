@@ -53,13 +53,18 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
+def has_nvidia() -> bool:
+    """Tell whether this machine has an NVIDIA driver, without asking it anything."""
+    return any(Path(node).exists() for node in _NVIDIA_NODES)
+
+
 def device_memory_bytes() -> int:
     """Give the memory of this machine's smallest NVIDIA GPU, or the machine's where there is none.
 
     Raises:
         SetupError: there is a GPU, but the driver's nvidia-smi does not tell its memory.
     """
-    if not any(Path(node).exists() for node in _NVIDIA_NODES):
+    if not has_nvidia():
         return int(psutil.virtual_memory().total)
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -105,7 +110,7 @@ def matmul_flops(dtype: str, size: int = 2048, budget_s: float = 1.0) -> float:
 
 def _has_cuda() -> bool:
     """Tell whether a CUDA device is visible, without torch where no NVIDIA driver is loaded."""
-    if not any(Path(node).exists() for node in _NVIDIA_NODES):
+    if not has_nvidia():
         return False
     import torch
 

@@ -197,7 +197,7 @@ class HostPlace:
             )
 
     def _failure(self, what: str) -> EngineError:
-        return EngineError(f"the engine host on {self._device} {what}{self.log_tail()}")
+        return EngineError(f"the engine host on {self._device} " + what + self.log_tail())
 
 
 def host_folder(device: Device, owner: Owner) -> Path:

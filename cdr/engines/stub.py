@@ -56,6 +56,7 @@ class StubEngine:
                 f"extra must hold only {', '.join(sorted(_KNOBS))}, "
                 f"got {', '.join(sorted(unknown))}",
                 where=f"engine {spec.name}",
+                fix="leave the others out",
             )
         self.spec = spec
         self._delay_s_per_token = float(knobs.get("delay_s_per_token", 0.0))

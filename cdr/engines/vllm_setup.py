@@ -183,6 +183,7 @@ def check_devices(spec: EngineSpec, platform: Any) -> None:
             raise ModelError(
                 f"tensor_parallel must be 1 on a CPU, got {spec.tensor_parallel}",
                 where=f"vLLM on {spec.path}",
+                fix="leave tensor_parallel out",
             )
         return
     num_devices = platform.device_count()

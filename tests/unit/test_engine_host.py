@@ -362,7 +362,9 @@ def test_a_model_that_cannot_load_is_named_with_the_end_of_the_log(client: Engin
     with pytest.raises(EngineError, match=r"cannot load model no-such-knob from models/bad") as e:
         client.set_engines([PLAIN, bad])
     assert "Traceback" in str(e.value)
-    assert str(e.value).splitlines()[-1].startswith("  where: engine no-such-knob")
+    where, fix = str(e.value).splitlines()[-2:]
+    assert where.startswith("  where: engine no-such-knob")
+    assert fix == "  fix: leave the others out"
     assert client.status().pid == before
     client.set_engines([PLAIN])
     assert values(client.score("plain", GROUPS)) == expected(PLAIN, GROUPS)

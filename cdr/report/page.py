@@ -182,7 +182,8 @@ def _asked(data: ReportData) -> Iterator[tuple[str, str]]:
         used.append((reward.routing.model, "router's model"))
     for role, label in dict(used).items():
         yield label, str(redact(_model(reward.models[role])))
-    yield "reward", f"{_formula(data)}, {'mean per token' if reward.reduction == 'mean' else 'sum'}"
+    over = {"mean": ", mean per token", "sum": ", sum"}[reward.reduction]
+    yield "reward", f"{_formula(data)}{over if reward.is_per_token else ''}"
     yield "domain prompts", str(redact(reward.prompt_pack or "none"))
     routing = reward.routing
     details = {

@@ -86,6 +86,17 @@ demo: setup java ## Annotate the demo input, print what came, and what to try ne
 evaluate: setup java ## Evaluate the demo's reward on the demo's labelled pairs (ARGS=--quick)
 	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
 
+# 24 steps of 8 pairs, stages after 64, 128 and 192. The repository's 40 pairs: half to tune on, again
+# and again, half to study on. Of other pairs, one in 25 is kept to study on.
+STUDY := $(abspath $(WAREHOUSE))/study-demo
+STUDY_PAIRS := $(if $(filter $(DEMO_PAIRS),$(PAIRS)),--holdout-fraction 0.5 --epochs 9.6,--holdout-fraction 0.04 --max-pairs 192)
+
+study-demo: setup java ## Tune the demo model in stages, then study each stage over each (PAIRS=folder)
+	@$(BIN)/python -m jobs.train_dpo --pairs $(PAIRS) --output $(STUDY) --held-out $(STUDY)/held-out.jsonl \
+	  $(STUDY_PAIRS) --batch-size 8 --learning-rate 5e-4 --max-length 384 --save-steps 8 --keep-checkpoints
+	@CDR_STUDY_DEMO=$(STUDY) $(SUBMIT) jobs/pair_study.py --config conf/study/demo.yaml \
+	  --set warehouse=$(WAREHOUSE) $(ARGS)
+
 report-demo: setup java ## Build the demo run's report page from its tables; print where it is
 	@$(SUBMIT) jobs/report.py --warehouse $(WAREHOUSE) $(ARGS)
 

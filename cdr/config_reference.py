@@ -19,18 +19,26 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cdr.config import AnnotateConfig, RunSpec
-from cdr.evaluation_config import EvaluateConfig, EvaluateTrackingSpec
-from cdr.reward_config import RewardSpec
+from cdr.evaluation_config import (
+    EvaluateConfig,
+    EvaluateTrackingSpec,
+    PairsInputSpec,
+    QuickSpec,
+    StatisticsSpec,
+)
+from cdr.reward_config import ModelSpec, RewardSpec
+from cdr.study_config import StudyConfig, StudyEncodingSpec, StudyModelSpec, StudyTrackingSpec
 
 _INTRODUCTION = """\
 # Config reference
 
 <!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py,
-cdr/reward_config.py and cdr/evaluation_config.py. -->
+cdr/reward_config.py, cdr/evaluation_config.py and cdr/study_config.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
-by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`), whose keys come last. Unknown
-keys are errors, and all problems of a file are reported together, before Spark starts.
+by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`); its keys and those of a study
+(`conf/study/`) come last. Unknown keys are errors, and all problems of a file are reported
+together, before Spark starts.
 
 ## Where values come from
 
@@ -61,7 +69,21 @@ _EVALUATION = """
 `reward`, `run` and `tracking` are as above; MLflow's experiment is `cdr-evaluate`.
 """
 
+_STUDY = """
+## Keys of a study
+
+A model has the keys of `reward.models` above, and these two of its own. `input`, `quick` and
+`statistics` are as for an evaluation, `run` and `tracking` as above; MLflow's experiment is
+`cdr-pair-study`, and the default of `encoding.template` is `plain`.
+"""
+
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
+
+
+# What a study has as an evaluation or a reward does.
+_SAME_IN_STUDY = (
+    PairsInputSpec, QuickSpec, StatisticsSpec, StudyEncodingSpec, StudyTrackingSpec,
+)  # fmt: skip
 
 
 def render_config_reference() -> str:
@@ -70,14 +92,21 @@ def render_config_reference() -> str:
     # What stands under a run already.
     known = (RewardSpec, RunSpec, EvaluateTrackingSpec)
     evaluation = _sections(EvaluateConfig, "", "An evaluation", known)
-    return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation])
+    seen = (*known, *_SAME_IN_STUDY)
+    study = _sections(StudyConfig, "", "A study", seen)
+    return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation, _STUDY, *study])
 
 
 def _sections(
     model: type[BaseModel], key: str, whole: str, known: tuple[type[BaseModel], ...] = ()
 ) -> Iterator[str]:
     title = f"`{key}`" if key else whole
-    rows = "".join(_row(name, field) for name, field in model.model_fields.items())
+    fields = model.model_fields
+    if model is StudyModelSpec:
+        fields = {
+            name: field for name, field in fields.items() if name not in ModelSpec.model_fields
+        }
+    rows = "".join(_row(name, field) for name, field in fields.items())
     yield (
         f"\n### {title}\n\n{inspect.getdoc(model)}\n\n"
         f"| key | value | default | meaning |\n|---|---|---|---|\n{rows}"

@@ -41,6 +41,7 @@ from cdr.dpo_data import (
     hash_pairs,
     read_pairs,
     split_pairs,
+    write_pairs,
 )
 from cdr.dpo_report import HeldOutPair
 from cdr.errors import InputError, ModelError
@@ -86,6 +87,9 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         **hyper,
     )
+    train, test = split_pairs(pairs, config.holdout_fraction)
+    if options.held_out is not None and _is_first_process():
+        write_pairs(test, options.held_out)
     checkpoints = options.output / CHECKPOINTS
     metrics_file = options.output / METRICS_FILE
     if (checkpoints / CONFIG_FILE).exists():
@@ -97,7 +101,6 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
             return metrics
 
     encoder = ChatEncoder.load(str(folder), None, template="own")
-    train, test = split_pairs(pairs, config.holdout_fraction)
     train_fit, train_left_out = encode_pairs(train, encoder, config.max_length)
     test_fit, test_left_out = encode_pairs(test, encoder, config.max_length)
     drawn = draw_pairs(train_fit, config.max_pairs, config.seed)
@@ -214,7 +217,7 @@ def _make_trainer(
         logging_steps=4,
         logging_first_step=True,
         save_steps=options.save_steps,
-        save_total_limit=2,
+        save_total_limit=None if options.keep_checkpoints else 2,
         seed=config.seed,
         report_to=[],
         disable_tqdm=True,

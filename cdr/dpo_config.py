@@ -110,7 +110,9 @@ class RunOptions:
         max_hours: stop at a checkpoint after this long; None for no limit.
         threads: torch threads per process; None leaves torch's choice.
         save_steps: optimizer steps between checkpoints.
-        keep_checkpoints: leave them when the training has ended.
+        keep_checkpoints: leave all of them when the training has ended; else the last two lie there
+            while it runs.
+        held_out: JSON lines file to write the held-out pairs to, before anything else; None: none.
     """
 
     model: Path
@@ -121,6 +123,7 @@ class RunOptions:
     threads: int | None
     save_steps: int
     keep_checkpoints: bool
+    held_out: Path | None = None
 
 
 def hash_model(folder: Path) -> str:

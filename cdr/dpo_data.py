@@ -156,6 +156,23 @@ def split_pairs(
     return train, test
 
 
+def write_pairs(pairs: Iterable[PreferencePair], file: Path) -> None:
+    """Write pairs as JSON lines that `read_pairs` and `jobs/evaluate.py` read; ids are their keys."""
+    rows = (
+        {
+            "id": pair.key[:32],
+            "section": pair.section,
+            "subset": pair.subset,
+            "prompt": list(pair.prompt),
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+        }
+        for pair in pairs
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
 def draw_pairs(pairs: Sequence[EncodedPair], max_pairs: int | None, seed: int) -> list[EncodedPair]:
     """Draw pairs so that sections, and the subsets in each, have equal shares.
 

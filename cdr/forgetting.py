@@ -44,6 +44,7 @@ from cdr.tables import (
     REWARDS,
     ROUTES,
     RUNS,
+    STUDY_PAIRS,
     TABLES,
     Table,
 )
@@ -52,7 +53,7 @@ from cdr.warehouse import Warehouse
 
 BY_ID = tuple(table for table in TABLES if {"dataset", "prompt_id"} <= set(table.names()))
 """Tables whose rows belong to one prompt_id of one dataset."""
-NO_PROMPTS = (RUNS, BENCHMARK_RESULTS)
+NO_PROMPTS = (RUNS, BENCHMARK_RESULTS, STUDY_PAIRS)
 """Tables that hold nothing of a prompt: configs, counts, versions and accuracies."""
 
 _OWNER = ["dataset", "prompt_id"]

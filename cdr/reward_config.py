@@ -248,15 +248,7 @@ class RewardSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _models_inherit_engine(cls, tree: Any) -> Any:
-        if not isinstance(tree, Mapping) or not isinstance(tree.get("models"), Mapping):
-            return tree
-        if "engine" not in tree:
-            return tree
-        models = {
-            role: {"engine": tree["engine"], **model} if isinstance(model, Mapping) else model
-            for role, model in tree["models"].items()
-        }
-        return {**tree, "models": models}
+        return give_engine(tree)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -312,6 +304,19 @@ class RewardSpec(Spec):
                 "labelled pairs before you annotate with it."
             )
         return found
+
+
+def give_engine(tree: Any) -> Any:
+    """Give the `engine` of a mapping with `models` to those that name none themselves."""
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("models"), Mapping):
+        return tree
+    if "engine" not in tree:
+        return tree
+    models = {
+        role: {"engine": tree["engine"], **model} if isinstance(model, Mapping) else model
+        for role, model in tree["models"].items()
+    }
+    return {**tree, "models": models}
 
 
 def load_reward_config(path: str | Path, overrides: Sequence[str] = ()) -> RewardSpec:

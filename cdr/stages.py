@@ -152,7 +152,7 @@ def reward(
     rows = (
         rows.join(drawn, on="prompt_id", how="left")
         .join(refused, on=keyed, how="left_anti")
-        .join(_answers(encoded, failures, plan, warehouse), on=keyed, how="left")
+        .join(read_answers(encoded, failures, run), on=keyed, how="left")
     )
     named = {
         name: F.element_at("answers", f"{model_key}/{condition}")
@@ -208,10 +208,19 @@ def read_rewards(plan: AnnotationPlan, warehouse: Warehouse) -> DataFrame:
     )
 
 
-def _answers(
-    encoded: DataFrame, failures: DataFrame | None, plan: AnnotationPlan, warehouse: Warehouse
-) -> DataFrame:
-    """Join every encoded candidate with its log-probs, as a map by `model_key/condition`."""
+def read_answers(encoded: DataFrame, failures: DataFrame | None, run: Context) -> DataFrame:
+    """Join every encoded candidate with its log-probs, as a map by `model_key/condition`.
+
+    Args:
+        encoded: from `encode`.
+        failures: SCORED_DDL rows of this run with an error; None when nothing was scored.
+        run: the run.
+
+    Returns:
+        prompt_id, completion_id, answers (model_key, prefix_hash, completion_hash, logprob_sum,
+        num_tokens and error by view; logprob_sum is null where there is none yet), and
+        boundary_merged. Refused candidates have no row.
+    """
     views = encoded.select("prompt_id", F.explode("views").alias("v")).select(
         "prompt_id",
         F.col("v.model_key").alias("model_key"),
@@ -224,9 +233,9 @@ def _answers(
         "c.completion_id", "c.completion_hash", "c.boundary_merged",
     )  # fmt: skip
     key = list(LOGPROBS.key)
-    keys = [engine.name for engine in plan.engines]
+    keys = [engine.name for engine in run.plan.engines]
     logprobs = (
-        warehouse.read(LOGPROBS)
+        run.warehouse.read(LOGPROBS)
         .where(F.col("model_key").isin(keys))
         .groupBy(*key)
         # Two runs at once may both have written a key; any one of the rows is right.

@@ -315,9 +315,42 @@ BENCHMARK_RESULTS = Table(
     ("dataset", "reward_key"),
 )
 
+_DDL_SCORE = (
+    "accuracy: double, ci_low: double, ci_high: double, pairs: bigint, wins: bigint, ties: bigint"
+)
+
+STUDY_PAIRS = Table(
+    "study_pairs",
+    "ordered pair of models × study × benchmark",
+    ("dataset", "study", "numerator", "denominator"),
+    (
+        ("dataset", "string", "Name of the benchmark"),
+        ("study", "string", "Name of the study"),
+        ("numerator", "string", "Model whose log-probs count, by its name in the study"),
+        ("denominator", "string", "Model whose log-probs are taken off"),
+        ("numerator_key", "string", "Its model_key in logprobs"),
+        ("denominator_key", "string", "Its model_key in logprobs"),
+        ("score_name", "string", "What the alignment scores are, for example Arena-Hard"),
+        ("numerator_score", "double", "The numerator's alignment score"),
+        ("denominator_score", "double", "The denominator's alignment score"),
+        ("gap", "double", "numerator_score − denominator_score"),
+        ("overall", "string", "What accuracy is over: `mean of sections` or `all pairs`"),
+        ("accuracy", "double", "Share of wins, 0 to 1; null: a model over itself, or no pairs"),
+        ("ci_low", "double", "Lower bound of its 95 % interval; null: absent"),
+        ("ci_high", "double", "Upper bound of its 95 % interval; null: absent"),
+        ("pairs", "bigint", "Labelled pairs judged, the same ones in every cell; null: absent"),
+        ("wins", "bigint", "Those whose chosen answer has the strictly higher reward"),
+        ("ties", "bigint", "Those with equal rewards; they count as losses"),
+        ("sections", f"map<string, struct<{_DDL_SCORE}>>", "The same by section; null: absent"),
+        ("study_key", "string", "Hash of models, template and reduction"),
+        ("run_id", "string", "Run that wrote the row"),
+    ),
+    ("dataset", "study"),
+)
+
 TABLES: tuple[Table, ...] = (
     COMPLETIONS, ROUTES, LOGPROBS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS, BENCHMARK_PAIRS,
-    BENCHMARK_RESULTS,
+    BENCHMARK_RESULTS, STUDY_PAIRS,
 )  # fmt: skip
 
 

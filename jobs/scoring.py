@@ -1,6 +1,6 @@
-"""The part of the recipe that annotating and evaluating share: from candidates to rewards.
+"""The part of the recipe that annotating, evaluating and the pair study share.
 
-Not a job of its own: `jobs/annotate.py` and `jobs/evaluate.py` call it.
+Not a job of its own: `jobs/annotate.py`, `jobs/evaluate.py` and `jobs/pair_study.py` call it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ from udfs.route import make_route
 from udfs.score import make_score
 
 
+class Asked(NamedTuple):
+    """Candidates whose log-probs are in the store: their domains, their token ids, the work."""
+
+    routed: DataFrame
+    encoded: DataFrame
+    work: Work
+
+
 class Scored(NamedTuple):
     """This dataset's rows of `rewards` and `rejects` as just written, and what was asked."""
 
@@ -27,8 +35,8 @@ class Scored(NamedTuple):
     work: Work
 
 
-def score_candidates(candidates: DataFrame, run: ScoringRun) -> Scored:
-    """Route, encode, score and reward candidates."""
+def ask_models(candidates: DataFrame, run: ScoringRun) -> Asked:
+    """Route and encode candidates, and score what the store lacks."""
     context = run.context
     prompts = group_prompts(candidates)
     routing = plan_routing(prompts, context)
@@ -39,8 +47,14 @@ def score_candidates(candidates: DataFrame, run: ScoringRun) -> Scored:
     work = plan_work(encoded, context)
     for wave in run.scoring_waves(plan_waves(work, context), work):
         run.scored(score_wave(wave, work, context, make_score, run.counter))
-    rewards = reward(candidates, routed, encoded, run.failures(), context)
-    return Scored(rewards, reject(candidates, encoded, context), work)
+    return Asked(routed, encoded, work)
+
+
+def score_candidates(candidates: DataFrame, run: ScoringRun) -> Scored:
+    """Route, encode, score and reward candidates."""
+    routed, encoded, work = ask_models(candidates, run)
+    rewards = reward(candidates, routed, encoded, run.failures(), run.context)
+    return Scored(rewards, reject(candidates, encoded, run.context), work)
 
 
 def forecast_candidates(candidates: DataFrame, context: Context) -> str:

@@ -68,7 +68,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-hours", type=float, metavar="HOURS", help=hours)
     add("--threads", type=int, metavar="N", help="per process; None leaves torch's choice")
     add("--save-steps", type=int, default=20, metavar="N", help="steps between checkpoints")
-    add("--keep-checkpoints", action="store_true", help="leave them when training has ended")
+    keep = "keep every one of them, as stages of the tuning; else the last two while it runs"
+    add("--keep-checkpoints", action="store_true", help=keep)
+    held_out = "write the held-out pairs there (JSON lines), to measure other rewards on them"
+    add("--held-out", type=Path, metavar="FILE", help=held_out)
     return parser.parse_args(argv)
 
 
@@ -93,6 +96,7 @@ def train(args: argparse.Namespace, command: str) -> int:
             threads=args.threads,
             save_steps=args.save_steps,
             keep_checkpoints=args.keep_checkpoints,
+            held_out=args.held_out,
         ),
         base_name=args.base_name or args.model.name,
         dtype=resolve_dtype(args.dtype),

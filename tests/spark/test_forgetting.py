@@ -26,6 +26,7 @@ from cdr.tables import (
     LOGPROBS,
     PREFERENCES,
     ROUTES,
+    STUDY_PAIRS,
     TABLES,
     Table,
 )
@@ -71,6 +72,7 @@ def place(spark: SparkSession, annotated: Annotated, tmp_path: Path) -> Place:
     for table, known in (
         (BENCHMARK_PAIRS, [{**key, "prompt_id": name} for name in ("p0", "p5", "twin")]),
         (BENCHMARK_RESULTS, [{**key, "level": "overall"}]),
+        (STUDY_PAIRS, [{"dataset": "demo", "study": "s"}]),
     ):
         values = [tuple(row.get(name) for name in table.names()) for row in known]
         warehouse.append(table, spark.createDataFrame(values, table.schema()))

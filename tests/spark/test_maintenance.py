@@ -111,6 +111,7 @@ def test_clustering_sorts_by_the_prompt_of_the_key(
         "runs": None,
         "benchmark_pairs": "prompt_id",
         "benchmark_results": None,
+        "study_pairs": None,
     }
     compact(warehouse, ROUTES, cluster=True)
     last = warehouse.delta(ROUTES).history(1).first()

@@ -31,7 +31,7 @@ from databricks.bundles.jobs import DataSecurityMode, Job
 from moto import mock_aws
 
 from cdr.config import load_annotate_config
-from cdr.tables import BENCHMARK_PAIRS, BENCHMARK_RESULTS, COMPLETIONS, TABLES
+from cdr.tables import BENCHMARK_PAIRS, BENCHMARK_RESULTS, COMPLETIONS, STUDY_PAIRS, TABLES
 from jobs.annotate import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,7 +165,7 @@ def test_the_databricks_task_has_valid_arguments(tmp_path: Path) -> None:
     config = load_annotate_config(page_config("databricks.md", tmp_path), arguments.set)
     assert config.warehouse == "/Volumes/main/cdr/files/warehouse"
     # What annotate writes, by the names that SQL knows.
-    others = (COMPLETIONS, BENCHMARK_PAIRS, BENCHMARK_RESULTS)
+    others = (COMPLETIONS, BENCHMARK_PAIRS, BENCHMARK_RESULTS, STUDY_PAIRS)
     written = {table.name for table in TABLES} - {table.name for table in others}
     assert config.tables == {name: f"main.cdr.{name}" for name in written}
     assert config.tracking.experiment == f"/Users/{USER}/cdr-annotate"

@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm setup-browser demo evaluate report-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser demo eval-demo study-demo peer-check report-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -83,17 +83,29 @@ java: ; @$(BIN)/python -c 'from cdr.cli import run_job; from cdr.session import 
 demo: setup java ## Annotate the demo input, print what came, and what to try next
 	@$(SUBMIT) jobs/annotate.py --config conf/annotate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
 
-evaluate: setup java ## Evaluate the demo's reward on the demo's labelled pairs (ARGS=--quick)
-	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/demo.yaml --set warehouse=$(WAREHOUSE) $(ARGS)
+# The repository's labelled pairs unless PAIRS names others: JSON lines with the same columns.
+DEMO_PAIRS := conf/demo/pairs.jsonl
+PAIRS ?= $(DEMO_PAIRS)
+HAS_DEMO_PAIRS := $(filter $(DEMO_PAIRS),$(PAIRS))
+
+# Of other pairs a sample of 120, in equal shares of sections and subsets: minutes, not hours.
+EVAL ?= conf/evaluate/demo.yaml
+EVAL_INPUT := $(if $(HAS_DEMO_PAIRS),,--set dataset=pairs --set 'input.path=$(PAIRS)')
+EVAL_SAMPLE := $(if $(HAS_DEMO_PAIRS)$(filter all,$(ROWS)),,--quick --set quick.pairs=120)
+
+eval-demo: setup java ## Evaluate the demo's rewards on labelled pairs (PAIRS=folder ROWS=all)
+	@$(SUBMIT) jobs/evaluate.py --config $(EVAL) --set warehouse=$(WAREHOUSE) \
+	  $(EVAL_INPUT) $(EVAL_SAMPLE) $(ARGS)
 
 # 24 steps of 8 pairs, stages after 64, 128 and 192. The repository's 40 pairs: half to tune on, again
-# and again, half to study on. Of other pairs, one in 25 is kept to study on.
+# and again, half to study on. Of other pairs one in 25 is kept to study on.
 STUDY := $(abspath $(WAREHOUSE))/study-demo
-STUDY_PAIRS := $(if $(filter $(DEMO_PAIRS),$(PAIRS)),--holdout-fraction 0.5 --epochs 9.6,--holdout-fraction 0.04 --max-pairs 192)
+STUDY_PAIRS := $(if $(HAS_DEMO_PAIRS),--holdout-fraction 0.5 --epochs 9.6,--holdout-fraction 0.04 --max-pairs 192)
 
-study-demo: setup java ## Tune the demo model in stages, then study each stage over each (PAIRS=folder)
-	@$(BIN)/python -m jobs.train_dpo --pairs $(PAIRS) --output $(STUDY) --held-out $(STUDY)/held-out.jsonl \
-	  $(STUDY_PAIRS) --batch-size 8 --learning-rate 5e-4 --max-length 384 --save-steps 8 --keep-checkpoints
+study-demo: setup java ## Tune the demo model in stages, study each stage over each (PAIRS=folder)
+	@$(BIN)/python -m jobs.train_dpo --pairs $(PAIRS) --output $(STUDY) \
+	  --held-out $(STUDY)/held-out.jsonl $(STUDY_PAIRS) --max-length 384 --batch-size 8 \
+	  --learning-rate 5e-4 --save-steps 8 --keep-checkpoints
 	@CDR_STUDY_DEMO=$(STUDY) $(SUBMIT) jobs/pair_study.py --config conf/study/demo.yaml \
 	  --set warehouse=$(WAREHOUSE) $(ARGS)
 
@@ -128,6 +140,9 @@ format: $(READY) ## Format the code
 
 bench-scoring: setup setup-vllm ## Compare the engines with what others do, in one run (ARGS=--quick)
 	@$(BIN)/python benchmarks/scoring.py $(ARGS)
+
+peer-check: setup ## Compare our rewards with TRL's log-probs on the demo's 224 completions
+	@$(BIN)/python benchmarks/peer_check.py $(ARGS)
 
 docs: $(READY) ## Write the generated reference pages anew
 	@$(BIN)/python -m cdr.config_reference > docs/reference/config.md

@@ -75,6 +75,19 @@ class Comparison:
     differences: Mapping[str, Difference]
     unpaired: int
 
+    def metrics(self) -> dict[str, object]:
+        """Give every number by section and mean, for MLflow; accuracies 0 to 1."""
+        return {
+            "difference": {name: found.value for name, found in self.differences.items()},
+            "difference_ci_low": {n: found.interval[0] for n, found in self.differences.items()},
+            "difference_ci_high": {n: found.interval[1] for n, found in self.differences.items()},
+            "mcnemar_p": {name: found.p for name, found in self.differences.items()},
+            "only_a": {name: found.paired.only_a for name, found in self.differences.items()},
+            "only_b": {name: found.paired.only_b for name, found in self.differences.items()},
+            "pairs": {name: found.paired.total for name, found in self.differences.items()},
+            "unpaired": self.unpaired,
+        }
+
     def render(self) -> str:
         """Write the numbers for a terminal; in percent, McNemar's p aside."""
         lines = [

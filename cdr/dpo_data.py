@@ -157,7 +157,7 @@ def split_pairs(
 
 
 def write_pairs(pairs: Iterable[PreferencePair], file: Path) -> None:
-    """Write pairs as JSON lines that `read_pairs` and `jobs/evaluate.py` read; ids are their keys."""
+    """Write pairs as JSON lines that `read_pairs` and labelled pairs read; ids are their keys."""
     rows = (
         {
             "id": pair.key[:32],

@@ -20,6 +20,7 @@ from cdr.comparison import (
     audit_router,
     collect_judged,
     compare_judged,
+    load_judged,
     render_rows,
 )
 from cdr.evaluation_config import EvaluateConfig
@@ -29,6 +30,7 @@ from cdr.reward_config import RewardSpec
 from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
 from cdr.tables import BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REJECTS, REWARDS, ROUTES
+from cdr.tracking import RunTracker
 from cdr.warehouse import Warehouse
 
 
@@ -141,13 +143,31 @@ class EvaluationRun(ScoringRun):
 
 def compare_evaluated(a: Evaluated, b: Evaluated) -> Comparison:
     """Compare two rewards of one job pair by pair."""
-    return compare_rewards(a.judged, b.judged, (a.plan.title, b.plan.title), config=a.plan.config)
+    return _compare(a.judged, b.judged, (a.plan.title, b.plan.title), a.plan.config)
 
 
-def compare_rewards(
-    a: Judged, b: Judged, names: tuple[str, str], *, config: EvaluateConfig
+def compare_stored(
+    a: str, b: str, dataset: str, config: EvaluateConfig, warehouse: Warehouse
 ) -> Comparison:
-    """Compare two rewards pair by pair, with the config's sections and draws."""
+    """Compare two rewards by the pairs that earlier runs stored, and keep it in MLflow.
+
+    Args:
+        a: name of a reward or row, or the beginning of a reward key.
+        b: the other one, likewise.
+        dataset: name of the benchmark, or of the sample of it, in the tables.
+        config: has the sections and the draws.
+        warehouse: where the tables are.
+
+    Raises:
+        InputError: one of them has not been evaluated on this benchmark.
+    """
+    judged = [load_judged(warehouse, dataset, reward) for reward in (a, b)]
+    found = _compare(judged[0], judged[1], (a, b), config)
+    _record(found, dataset, config, warehouse)
+    return found
+
+
+def _compare(a: Judged, b: Judged, names: tuple[str, str], config: EvaluateConfig) -> Comparison:
     return compare_judged(
         a,
         b,
@@ -158,17 +178,37 @@ def compare_rewards(
     )
 
 
-def summarize_rows(done: list[Evaluated]) -> str:
+def _record(found: Comparison, dataset: str, config: EvaluateConfig, warehouse: Warehouse) -> None:
+    """Keep a comparison as an MLflow run of its own, beside those of the rewards."""
+    a, b = found.names
+    with RunTracker(
+        config.tracking,
+        warehouse.root,
+        run_name=f"{a} against {b}",
+        config={"a": a, "b": b, "dataset": dataset, "statistics": config.statistics.model_dump()},
+        tags={"cdr.job": "compare", "cdr.dataset": dataset},
+    ) as tracker:
+        tracker.log_summary(found.metrics())
+
+
+def summarize_rows(done: list[Evaluated], warehouse: Warehouse) -> str:
     """Write what several rewards of one job say together: table, differences, router audits.
+
+    The differences are also kept in MLflow.
 
     Args:
         done: the evaluated rows, in order; at least one.
+        warehouse: where their tables are.
     """
     blocks = []
     if len(done) > 1:
+        first = done[0].plan
         rows = [(row.plan.title, row.report, row.plan.printed) for row in done]
-        blocks.append(render_rows(rows, done[0].plan.config.sections_in_use()))
-        blocks += [compare_evaluated(done[0], row).render() for row in done[1:]]
+        blocks.append(render_rows(rows, first.config.sections_in_use()))
+        for row in done[1:]:
+            found = compare_evaluated(done[0], row)
+            _record(found, first.annotation.dataset, first.config, warehouse)
+            blocks.append(found.render())
     for row in done:
         if row.plan.annotation.config.reward.routing.mode == "adaptive":
             oracle = _oracle_of(row, done)

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cdr.cli import FAILED, OK, STOPPED, end, make_wave_parser, overrides, run_job
-from cdr.comparison import load_judged
-from cdr.evaluation import Evaluated, EvaluationRun, compare_rewards, summarize_rows
+from cdr.evaluation import Evaluated, EvaluationRun, compare_stored, summarize_rows
 from cdr.evaluation_config import load_evaluate_config
 from cdr.evaluation_plan import EvaluationPlan, dataset_name, make_sample, plan_evaluation
 from cdr.labelled_pairs import judge_pairs, load_pairs, split_pairs
@@ -69,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spark = get_session("cdr evaluate", warehouse=config.warehouse)
     warehouse = Warehouse(spark, config.warehouse, config.tables)
     if args.compare:
-        a, b = (load_judged(warehouse, dataset_name(config, sample), r) for r in args.compare)
-        print(compare_rewards(a, b, tuple(args.compare), config=config).render())
+        a, b = args.compare
+        print(compare_stored(a, b, dataset_name(config, sample), config, warehouse).render())
         return OK
     placed = [replace(plan, annotation=place(plan.annotation, spark)) for plan in plans]
     return dry_run(placed, warehouse) if args.dry_run else evaluate(placed, warehouse)
@@ -89,7 +88,7 @@ def evaluate(plans: Sequence[EvaluationPlan], warehouse: Warehouse) -> int:
         codes.append(run.exit_code)
         if run.exit_code in (FAILED, STOPPED):
             return run.exit_code
-    print(f"\n{summarize_rows(done)}")
+    print(f"\n{summarize_rows(done, warehouse)}")
     return max(codes)
 
 

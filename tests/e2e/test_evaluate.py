@@ -74,7 +74,12 @@ def test_a_quick_evaluation_with_the_demo_models_says_what_it_found_and_keeps_it
     client = MlflowClient(tracking_uri=f"sqlite:///{warehouse}/mlflow.db")
     experiment = client.get_experiment_by_name("cdr-evaluate")
     assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
+    all_runs = client.search_runs([experiment.experiment_id])
+    (compared,) = (run for run in all_runs if run.data.tags["cdr.job"] == "compare")
+    assert compared.data.params["a"] == "CDR, router"
+    assert compared.data.metrics["pairs/all pairs"] == 8
+    assert 0 < compared.data.metrics["mcnemar_p/all pairs"] <= 1
+    runs = [run for run in all_runs if run is not compared]
     assert {run.data.tags["cdr.row"] for run in runs} == {"router", "oracle"}
     for found in runs:
         assert found.info.status == "FINISHED"

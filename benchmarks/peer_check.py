@@ -7,8 +7,9 @@ The demo's completions are scored as (strong, weak) = (the demo's adapter, its s
 ratio, sums, in float32, by
 
     ours   `cdr.reward_model`: our encoding, our engine in its host
-    TRL    `DPOTrainer`: its tokenization of the conversation, its collator, its forward and log-probs
-           (`compute_ref_log_probs`), once per model; two completions of a prompt make one of its pairs
+    TRL    `DPOTrainer`: its tokenization of the conversation, its collator, its forward and
+           log-probs (`compute_ref_log_probs`), once per model; two completions of a prompt make one
+           of its pairs
 
 Settings are aligned: every completion counts as ended by itself, for TRL scores the end of the turn
 always. One difference is TRL's way and not an error: behind the end-of-turn token it also scores

@@ -52,6 +52,7 @@ def _heatmap(report: StudyReport) -> Figure:
         figsize=(2.6 + 0.75 * len(denominators), 1.9 + 0.5 * len(numerators)), layout="constrained"
     )
     axes = figure.add_subplot()
+    axes.set_facecolor("#eeeeee")  # of nulls: white is chance
     image = axes.imshow(
         100 * values, cmap="RdBu", vmin=100 * (0.5 - reach), vmax=100 * (0.5 + reach), aspect="auto"
     )

@@ -223,8 +223,10 @@ class StudyReport:
         return lines
 
     def _list(self) -> list[str]:
+        # The reverse of each is its mirror image, and stands in the matrix.
         shown = sorted(
-            (cell for cell in self.cells if cell.overall is not None), key=lambda cell: -cell.gap
+            (cell for cell in self.cells if cell.overall is not None and cell.gap > 0),
+            key=lambda cell: -cell.gap,
         )
         sections = [name for name in self.config.sections if any(name in c.sections for c in shown)]
         rows = []
@@ -242,9 +244,8 @@ class StudyReport:
                     *(_percent(_accuracy(cell.sections.get(name))) for name in sections),
                 )
             )
-        return render_table(
-            ("numerator", "denominator", "gap", "accuracy", "95 % CI", "ties", *sections), rows
-        )
+        header = ("numerator", "denominator", "gap", "accuracy", "95 % CI", "ties", *sections)
+        return ["strong over weak, widest gap first", *render_table(header, rows)]
 
 
 def make_report(

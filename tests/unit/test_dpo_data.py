@@ -25,6 +25,7 @@ from cdr.dpo_data import (
     hash_pairs,
     read_pairs,
     split_pairs,
+    write_pairs,
 )
 from cdr.dpo_report import HeldOutPair, describe_command, summarize
 from cdr.errors import ConfigError, InputError, RejectReason, RowRejected
@@ -80,6 +81,18 @@ def test_text_and_messages_make_the_same_pair(tmp_path: Path) -> None:
     (pair,) = read_pairs([tmp_path])  # the same pair twice is one
     assert (pair.prompt, pair.chosen, pair.rejected) == (make_pair().prompt, "yes", "no")
     assert (pair.section, pair.subset, pair.source) == ("Chat", "Chat", "a")
+
+
+def test_pairs_that_are_written_are_read_again_with_ids_of_their_own(tmp_path: Path) -> None:
+    written = [make_pair("p"), make_pair("q", chosen="größer\nals"), make_pair("p", chosen="other")]
+    file = tmp_path / "new" / "held-out.jsonl"
+    write_pairs(written, file)
+    assert [pair.key for pair in read_pairs([file])] == [pair.key for pair in written]
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert len({line["id"] for line in lines}) == 3
+    assert [(line["section"], line["subset"]) for line in lines] == [
+        (pair.section, pair.subset) for pair in written
+    ]
 
 
 def test_hash_knows_content_and_not_order() -> None:

@@ -32,6 +32,7 @@ _ID_KEYS: Mapping[Benchmark, tuple[str, ...]] = {
     "arena_hard": ("uid", "question_id"),
     "mt_bench": ("question_id",),
 }
+_SEE = "docs/how-to/answer-benchmarks.md says what each benchmark's files hold"
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,14 @@ def read_questions(benchmark: Benchmark, path: str | Path) -> list[Question]:
     rows = _read_rows(benchmark, path)
     questions = [_question(benchmark, row, place, path) for place, row in enumerate(rows, 1)]
     if not questions:
-        raise InputError("there is no question in it", where=str(path))
+        raise InputError("there is no question in it", where=str(path), fix=_SEE)
     ids = [question.id for question in questions]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):
-        raise InputError(f"questions share an id: {', '.join(twice[:3])}", where=str(path))
+        raise InputError(
+            f"questions share an id: {', '.join(twice[:3])}",
+            where=str(path),
+            fix="an answer is found by its question's id: give each one its own",
+        )
     return questions
 
 
@@ -161,7 +166,11 @@ def read_answers(
         if name in known:
             found[str(name)] = Answer(turns)
     if not found:
-        raise InputError("none of its answers is to one of the questions", where=str(path))
+        raise InputError(
+            "none of its answers is to one of the questions",
+            where=str(path),
+            fix="give the answers that were written for this file of questions",
+        )
     return found
 
 
@@ -177,7 +186,7 @@ def model_of(benchmark: Benchmark, path: str | Path) -> str:
         for name in names:
             if isinstance(row.get(name), str):
                 return str(row[name])
-    raise InputError(f"its answers have no {' or '.join(names)}", where=str(path))
+    raise InputError(f"its answers have no {' or '.join(names)}", where=str(path), fix=_SEE)
 
 
 def hash_answers(answers: Mapping[str, Answer]) -> str:
@@ -207,13 +216,13 @@ def _read_rows(benchmark: Benchmark, path: str | Path) -> list[dict[str, Any]]:
         raise InputError(
             f"cannot be read: {error.strerror or error}",
             where=str(path),
-            fix="docs/how-to/answer-benchmarks.md says where each benchmark keeps its files",
+            fix=_SEE,
         ) from None
     except ValueError as error:
         form = "a JSON list" if benchmark == "alpaca_eval" else "JSON lines"
-        raise InputError(f"is not {form}: {error}", where=str(path)) from None
+        raise InputError(f"is not {form}: {error}", where=str(path), fix=_SEE) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError("must hold objects", where=str(path))
+        raise InputError("must hold objects", where=str(path), fix=_SEE)
     return rows
 
 

@@ -105,7 +105,9 @@ class Files:
             with closing(files.open(path)) as stream:
                 return str(jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
         except Py4JJavaError as error:
-            raise TableError("the file cannot be read", where=file) from error
+            raise TableError(
+                "the file cannot be read", where=file, fix="let Spark's user read it"
+            ) from error
 
     def write_text(self, file: str, text: str) -> None:
         """Write a small file in UTF-8, in the place of an earlier one; others see a whole one."""

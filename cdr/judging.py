@@ -178,7 +178,9 @@ class _Case:
                 ).returncode
             except OSError as error:
                 raise SetupError(
-                    f"cannot be run: {error.strerror or error}", where=self.judge.python
+                    f"cannot be run: {error.strerror or error}",
+                    where=self.judge.python,
+                    fix="name the Python of the environment that has the benchmark's tool",
                 ) from None
         if code:
             tail = self.log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARS:].strip()
@@ -212,11 +214,19 @@ def _judge_alpaca_eval(case: _Case) -> Verdicts:
     case.call(["-m", "alpaca_eval.main", "evaluate", *flags])
     tables = sorted((case.folder / "results").rglob("leaderboard.csv"))
     if not tables:
-        raise InputError("alpaca_eval wrote no leaderboard.csv", where=str(case.folder))
+        raise InputError(
+            "alpaca_eval wrote no leaderboard.csv",
+            where=str(case.folder),
+            fix=f"read what the tool said in {case.log}",
+        )
     rows = pd.read_csv(tables[0], index_col=0).to_dict(orient="index")
     row: dict[Any, Any] | None = rows.get(case.model)
     if row is None:
-        raise InputError(f"has no row '{case.model}'", where=str(tables[0]))
+        raise InputError(
+            f"has no row '{case.model}'",
+            where=str(tables[0]),
+            fix=f"read what the tool said in {case.log}",
+        )
     count = int(row["n_total"])
     scores = {"win_rate": estimate_normal(row["win_rate"], row["standard_error"], count)}
     if judge.length_controlled:
@@ -321,7 +331,11 @@ def _judge_mt_bench(case: _Case) -> Verdicts:
         case.call(["-m", "fastchat.llm_judge.gen_judgment", *arguments], says="\n")
         whole = _scores_of_turns(found, case.questions)
     if not whole:
-        raise InputError("no question has a verdict", where=str(found))
+        raise InputError(
+            "no question has a verdict",
+            where=str(found),
+            fix=f"read what the tool said in {case.log}, and run again",
+        )
     turns = list(whole.values())
     scores = {"score": case.mean([sum(t) for t in turns], [len(t) for t in turns])}
     for number in range(max(map(len, turns))):
@@ -351,7 +365,11 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
-        raise InputError(f"the tool's results cannot be read: {error}", where=str(file)) from None
+        raise InputError(
+            f"the tool's results cannot be read: {error}",
+            where=str(file),
+            fix="delete the file and run again: its questions are judged anew",
+        ) from None
 
 
 def _write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:

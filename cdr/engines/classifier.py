@@ -109,7 +109,11 @@ class ClassifierEngine:
         Raises:
             ModelError: always.
         """
-        raise ModelError("a classifier cannot sample", where=f"engine {self.spec.name}")
+        raise ModelError(
+            "a classifier cannot sample",
+            where=f"engine {self.spec.name}",
+            fix="sample with a causal language model",
+        )
 
     def close(self) -> None:
         """Give the memory of weights and caches back."""
@@ -189,7 +193,11 @@ class ClassifierEngine:
             if (row := labels.get(self.spec.output)) is not None:
                 return row
             problem = f"the classifier has no output '{self.spec.output}'"
-        raise ModelError(problem, where=f"engine {self.spec.name} ({self.spec.path})")
+        raise ModelError(
+            problem,
+            where=f"engine {self.spec.name} ({self.spec.path})",
+            fix="name the output that is the reward in the model's `output`",
+        )
 
     @torch.inference_mode()
     def _check_architecture(self) -> None:

@@ -286,7 +286,7 @@ def _judge_arena_hard(case: _Case) -> Verdicts:
     # In the questions' order: the tool's is that in which answers came.
     whole = [found for question in case.questions if (found := games.get(question.id))]
     if not whole:
-        raise InputError("no question has a verdict", where=str(file))
+        raise _no_verdict(case, file)
     rate = case.mean([top for top, _ in whole], [bottom for _, bottom in whole], scale=100)
     return case.finish(name, {"win_rate": rate}, len(whole))
 
@@ -331,16 +331,20 @@ def _judge_mt_bench(case: _Case) -> Verdicts:
         case.call(["-m", "fastchat.llm_judge.gen_judgment", *arguments], says="\n")
         whole = _scores_of_turns(found, case.questions)
     if not whole:
-        raise InputError(
-            "no question has a verdict",
-            where=str(found),
-            fix=f"read what the tool said in {case.log}, and run again",
-        )
+        raise _no_verdict(case, found)
     turns = list(whole.values())
     scores = {"score": case.mean([sum(t) for t in turns], [len(t) for t in turns])}
     for number in range(max(map(len, turns))):
         scores[f"turn_{number + 1}"] = case.mean([t[number] for t in turns if len(t) > number])
     return case.finish(name, scores, len(whole))
+
+
+def _no_verdict(case: _Case, file: Path) -> InputError:
+    return InputError(
+        "no question has a verdict",
+        where=str(file),
+        fix=f"read what the tool said in {case.log}, and run again",
+    )
 
 
 def _scores_of_turns(file: Path, questions: Sequence[Question]) -> dict[str, list[float]]:

@@ -94,12 +94,16 @@ class Staging:
 
     def write(self, name: str, rows: DataFrame) -> DataFrame:
         """Write rows once and give a read of them."""
-        rows.write.mode("overwrite").parquet(f"{self._folder}/{name}")
+        rows.write.mode("overwrite").parquet(self.place(name))
         return self.read(name)
 
     def read(self, name: str) -> DataFrame:
         """Read what was written under a name."""
-        return self._spark.read.parquet(f"{self._folder}/{name}")
+        return self._spark.read.parquet(self.place(name))
+
+    def place(self, name: str) -> str:
+        """Give the Parquet folder of what is written under a name."""
+        return f"{self._folder}/{name}"
 
     def _remove_left(self) -> None:
         """Delete folders whose run on this machine is dead.

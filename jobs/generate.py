@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdr.cli import end, make_wave_parser, overrides, run_job
-from cdr.sampling import load_generate_config, plan_sampling
+from cdr.sampling import SamplingPlan, load_generate_config, plan_sampling
 from cdr.sampling_run import SamplingRun
 from cdr.sampling_stages import export_samples, plan_samples, sample_wave
 from cdr.session import get_session
@@ -47,14 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_generate_config(args.config, overrides(args))
     plan = plan_sampling(config, limit=args.limit)
     spark = get_session("cdr generate", warehouse=config.warehouse)
-    with SamplingRun(plan, Warehouse(spark, config.warehouse, config.tables)) as run:
+    return generate(plan, Warehouse(spark, config.warehouse, config.tables), export=args.export)
+
+
+def generate(plan: SamplingPlan, warehouse: Warehouse, *, export: Path | None = None) -> int:
+    """Carry a plan out; give the exit code."""
+    with SamplingRun(plan, warehouse) as run:
         function = make_generate(plan, run.counter)
         work = plan_samples(run.context)
         for wave in run.waves(work):
             run.committed(sample_wave(wave, work, run.context, function))
         run.finish(work)
-        if args.export is not None:
-            print(f"exported    {export_samples(run.context, args.export):,} rows to {args.export}")
+        if export is not None:
+            print(f"exported    {export_samples(run.context, export):,} rows to {export}")
     return run.exit_code
 
 

@@ -35,6 +35,7 @@ from cdr.win_rates import Estimate, estimate_mean, estimate_normal
 
 _TAIL_CHARS = 1500
 _GAME = re.compile(r"^([AB])(>>|>|=|<|<<)([AB])$")
+_ALPACA_ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # its default
 _STRONG_WEIGHT = 3  # of >> and <<, in all releases of arena-hard-auto
 
 
@@ -133,6 +134,11 @@ class _Case:
     model: str
     folder: Path
 
+    @property
+    def log(self) -> Path:
+        """What the tool said when it was last called."""
+        return self.folder / "judge.log"
+
     def write(self, file: Path) -> None:
         write_answers(self.config.benchmark, file, self.questions, self.answers, model=self.model)
 
@@ -158,8 +164,7 @@ class _Case:
         if self.judge.base_url is not None:
             # openai before 1.0, and alpaca_eval, read the first; openai since 1.0 the second.
             environment["OPENAI_API_BASE"] = environment["OPENAI_BASE_URL"] = self.judge.base_url
-        log = self.folder / "judge.log"
-        with log.open("w", encoding="utf-8") as stream:
+        with self.log.open("w", encoding="utf-8") as stream:
             try:
                 code = subprocess.run(
                     [self.judge.python, *arguments],
@@ -176,10 +181,10 @@ class _Case:
                     f"cannot be run: {error.strerror or error}", where=self.judge.python
                 ) from None
         if code:
-            tail = log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARS:].strip()
+            tail = self.log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARS:].strip()
             raise SetupError(
                 f"the judge's tool failed with exit code {code}; the end of its log:\n{tail}",
-                where=str(log),
+                where=str(self.log),
                 fix="the same command goes on with what is not judged yet",
             )
 
@@ -197,10 +202,8 @@ def _judge_alpaca_eval(case: _Case) -> Verdicts:
         # Against the leaderboard's models the tool would compare nothing anew.
         "precomputed_leaderboard": "None",
     }
-    annotator = "weighted_alpaca_eval_gpt4_turbo"
     if judge.model is not None:
-        annotator = str(_write_annotator(judge.model, case.folder / "annotator"))
-        options["annotators_config"] = annotator
+        options["annotators_config"] = str(_write_annotator(case, judge.model))
     if judge.references is not None:
         options["reference_outputs"] = str(Path(judge.references).absolute())
     if not judge.length_controlled:
@@ -223,32 +226,19 @@ def _judge_alpaca_eval(case: _Case) -> Verdicts:
     return case.finish(judge.model or "gpt-4-1106-preview", scores, count)
 
 
-def _write_annotator(model: str, folder: Path) -> Path:
+def _write_annotator(case: _Case, model: str) -> Path:
     """Write alpaca_eval's default annotator with another model: same prompt, same parser."""
+    where = "import importlib.util as u; print(u.find_spec('alpaca_eval').origin)"
+    case.call(["-c", where])
+    configs = Path(case.log.read_text(encoding="utf-8").strip()).parent / "evaluators_configs"
+    text = (configs / _ALPACA_ANNOTATOR / "configs.yaml").read_text(encoding="utf-8")
+    (settings,) = yaml.safe_load(text).values()
+    settings["prompt_template"] = str(configs / settings["prompt_template"])
+    settings["completions_kwargs"] |= {"model_name": model, "requires_chatml": True}
+    folder = case.folder / "annotator"
     folder.mkdir(exist_ok=True)
-    settings = {
-        f"weighted_{re.sub(r'[^A-Za-z0-9.-]', '_', model)}": {
-            "prompt_template": "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt",
-            "fn_completions": "openai_completions",
-            "completions_kwargs": {
-                "model_name": model,
-                "requires_chatml": True,
-                "max_tokens": 1,
-                "temperature": 1,
-                "logprobs": True,
-                "top_logprobs": 5,
-            },
-            "fn_completion_parser": "logprob_parser",
-            "completion_parser_kwargs": {
-                "numerator_token": "m",
-                "denominator_tokens": ["m", "M"],
-                "is_binarize": False,
-            },
-            "completion_key": "completions_all",
-            "batch_size": 1,
-        }
-    }
-    (folder / "configs.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    named = {f"weighted_{re.sub(r'[^A-Za-z0-9.-]', '_', model)}": settings}
+    (folder / "configs.yaml").write_text(yaml.safe_dump(named, sort_keys=False))
     return folder
 
 

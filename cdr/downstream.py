@@ -51,8 +51,8 @@ from cdr.win_rates import Estimate, WinRate, measure_lengths
 
 _PAIRS_DDL = "id string, prompt string, chosen string, rejected string"
 
-LINK_TAG = "cdr.training_run"
-"""Tag of a downstream run: the MLflow run that trained the policy."""
+LINK_TAG = "cdr.training_mlflow_run_id"
+"""Tag of a downstream run: the run that trained the policy. That one has `cdr.downstream.ID`."""
 
 
 def answers_file(folder: str, benchmark: Benchmark, model: str) -> Path:
@@ -201,7 +201,7 @@ class DownstreamRun:
         if run is None or ours is None:
             return
         self._tracker.set_tags({LINK_TAG: run})
-        self._tracker.set_tags({f"cdr.downstream_run.{self._config.benchmark}": ours}, run_id=run)
+        self._tracker.set_tags({f"cdr.downstream.{ours}": self._config.benchmark}, run_id=run)
 
 
 def _check_run(config: DownstreamConfig, warehouse: str) -> None:

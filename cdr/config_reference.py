@@ -12,21 +12,22 @@ import json
 import re
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cdr.config import AnnotateConfig, RunSpec
-from cdr.evaluation_config import EvaluateConfig, EvaluateTrackingSpec
-from cdr.reward_config import RewardSpec
+from cdr.downstream_config import DownstreamConfig, DownstreamTrackingSpec
+from cdr.evaluation_config import EvaluateConfig, EvaluateTrackingSpec, StatisticsSpec
+from cdr.reward_config import ModelSpec, RewardSpec
 
 _INTRODUCTION = """\
 # Config reference
 
 <!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py,
-cdr/reward_config.py and cdr/evaluation_config.py. -->
+cdr/reward_config.py, cdr/evaluation_config.py and cdr/downstream_config.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
 by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`), whose keys come last. Unknown
@@ -61,6 +62,13 @@ _EVALUATION = """
 `reward`, `run` and `tracking` are as above; MLflow's experiment is `cdr-evaluate`.
 """
 
+_DOWNSTREAM = """
+## Keys of a downstream run
+
+For `conf/downstream/`. `policy` is a model as in a reward, `scoring` is as `run` above, and
+`statistics` as an evaluation's; MLflow's experiment is `cdr-downstream`.
+"""
+
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
@@ -70,7 +78,9 @@ def render_config_reference() -> str:
     # What stands under a run already.
     known = (RewardSpec, RunSpec, EvaluateTrackingSpec)
     evaluation = _sections(EvaluateConfig, "", "An evaluation", known)
-    return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation])
+    known = (RewardSpec, RunSpec, ModelSpec, StatisticsSpec, DownstreamTrackingSpec)
+    downstream = _sections(DownstreamConfig, "", "A downstream run", known)
+    return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation, _DOWNSTREAM, *downstream])
 
 
 def _sections(
@@ -115,6 +125,8 @@ def _row(name: str, field: FieldInfo) -> str:
 def _type_name(annotation: Any) -> str:
     """Name a type the way YAML shows it; `None` is in the default column."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):

@@ -74,7 +74,7 @@ def required_variables(path: Path) -> list[str]:
 SHIPPED_REWARDS = sorted((CONF / "rewards").rglob("*.yaml"))
 SHIPPED_RUNS = sorted((CONF / "annotate").rglob("*.yaml"))
 # Every YAML of conf/ is one of these; the other kinds have tests of their own.
-OTHER_KINDS = {"prompts", "generate", "cluster", "evaluate", "benchmark"}
+OTHER_KINDS = {"prompts", "generate", "cluster", "evaluate", "benchmark", "downstream"}
 
 
 def test_every_yaml_in_conf_is_of_a_known_kind() -> None:

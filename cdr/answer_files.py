@@ -218,8 +218,10 @@ def _read_rows(benchmark: Benchmark, path: str | Path) -> list[dict[str, Any]]:
 
 
 def _id(benchmark: Benchmark, row: Mapping[str, Any]) -> str:
-    key = next(key for key in (*_ID_KEYS[benchmark], "") if key in row or not key)
-    return str(row[key])  # KeyError: ''  where there is none
+    for key in _ID_KEYS[benchmark]:
+        if key in row:
+            return str(row[key])
+    raise KeyError("id")
 
 
 def _question(

@@ -88,6 +88,7 @@ class DownstreamRun:
         self.staging = Staging(warehouse.spark, warehouse.root, run_id)
         self._config, self._warehouse, self._model = config, warehouse, model
         self._results: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
         self.exit_code = OK
         self._tracker = RunTracker(
             config.tracking,

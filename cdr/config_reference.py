@@ -78,8 +78,8 @@ def render_config_reference() -> str:
     # What stands under a run already.
     known = (RewardSpec, RunSpec, EvaluateTrackingSpec)
     evaluation = _sections(EvaluateConfig, "", "An evaluation", known)
-    known = (RewardSpec, RunSpec, ModelSpec, StatisticsSpec, DownstreamTrackingSpec)
-    downstream = _sections(DownstreamConfig, "", "A downstream run", known)
+    told = (RewardSpec, RunSpec, ModelSpec, StatisticsSpec, DownstreamTrackingSpec)
+    downstream = _sections(DownstreamConfig, "", "A downstream run", told)
     return "".join([_INTRODUCTION, *run, _EVALUATION, *evaluation, _DOWNSTREAM, *downstream])
 
 

@@ -17,32 +17,23 @@ from pyspark.sql import SparkSession
 
 from tests.spark.annotated import Annotated
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 def cells_of(path: Path) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
-    cells = cells_of(path)
-    assert cells[0]["cell_type"] == "markdown"
-    assert "On Databricks" in "".join(cells[0]["source"])
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == []
-            assert cell["execution_count"] is None
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(
+@pytest.fixture
+def said(
     spark: SparkSession,
     annotated: Annotated,
-    path: Path,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> tuple[str, dict[str, Any], int]:
+    """Run the notebook that the test names: what it printed, its names, its figures."""
+    path = FOLDER / f"{request.param}.ipynb"
     monkeypatch.setenv("CDR_WAREHOUSE", str(annotated.warehouse))
     mpl.use("agg")
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -54,10 +45,46 @@ def test_a_notebook_runs_from_top_to_bottom(
         figures = len(plt.get_fignums())
     finally:
         plt.close("all")
-    said = capsys.readouterr().out
-    latest = annotated.latest("preferences")
+    return capsys.readouterr().out, names, figures
+
+
+@pytest.mark.parametrize("said", ["first_look"], indirect=True)
+def test_first_look_shows_the_latest_run(
+    annotated: Annotated, said: tuple[str, dict[str, Any], int]
+) -> None:
+    text, names, figures = said
+    pairs = annotated.latest("preferences")
+    assert names["run"]["run_id"] == pairs[0]["run_id"]
+    assert names["summary"].pairs == len(pairs)
+    assert len(names["chosen"]) == len(pairs)
+    surest = max(pairs, key=lambda row: row["margin"])
+    shown = text.split("SUREST\n")[1]
+    assert shown.split("PROMPT    ")[1].startswith(surest["prompt"][-1]["content"])
+    assert shown.split("CHOSEN    ")[1].startswith(surest["chosen"][0]["content"])
+    assert "special_token_in_text" in text
     assert figures == 2
-    assert latest[0]["run_id"] in said
-    assert f"{len(latest):,}   without a pair" in said
-    assert latest[0]["prompt"][-1]["content"][:40] in said or "LEAST SURE" in said
-    assert "special_token_in_text" in said
+
+
+@pytest.mark.parametrize("said", ["own_domain"], indirect=True)
+def test_own_domain_scores_a_sample_with_the_changed_pack_and_writes_no_table(
+    annotated: Annotated, said: tuple[str, dict[str, Any], int]
+) -> None:
+    text, names, figures = said
+    found, domain = names["found"], names["DOMAIN"]
+    stored = {row["reward"] for row in annotated.latest("rewards") if row["domain"] == domain}
+    assert set(found["before"]) <= stored
+    assert len(found) >= 3
+    assert not (found["before"] == found["after"]).any()  # the stub's numbers are of the prompt's
+    assert names["ADDED"] in text.split("[user]")[1]
+    assert f"another best answer for {len(names['moved'])} of" in text
+    assert figures == 1
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
+    cells = cells_of(path)
+    assert "**On Databricks**" in "".join(cells[0]["source"])
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None

@@ -268,14 +268,15 @@ def _judge_arena_hard(case: _Case) -> Verdicts:
         [str(tool / "gen_judgment.py"), "--setting-file", "settings.yaml",
          "--endpoint-file", "endpoint.yaml"]
     )  # fmt: skip
-    found = case.folder / data / "model_judgment" / name / f"{case.model}.jsonl"
+    file = case.folder / data / "model_judgment" / name / f"{case.model}.jsonl"
     games = {
         str(row.get("uid", row.get("question_id"))): _weigh_games(row["games"])
-        for row in _read_lines(found)
+        for row in _read_lines(file)
     }
-    whole = [weighed for weighed in games.values() if weighed is not None]
+    # In the questions' order: the tool's is that in which answers came.
+    whole = [found for question in case.questions if (found := games.get(question.id))]
     if not whole:
-        raise InputError("no question has a verdict", where=str(found))
+        raise InputError("no question has a verdict", where=str(file))
     rate = case.mean([top for top, _ in whole], [bottom for _, bottom in whole], scale=100)
     return case.finish(name, {"win_rate": rate}, len(whole))
 

@@ -63,6 +63,7 @@ def write_config(folder: Path, policy: Path, **changes: Any) -> list[str]:
         },
         "reward": reward("ours", "a"),
         "held_out_reward": reward("held-out", "b"),
+        "scoring": {"max_rejected_fraction": 1},  # the stub may say nothing at all
         "statistics": {"resamples": 200},
         "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
         **changes,

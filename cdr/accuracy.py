@@ -66,11 +66,11 @@ class Tally:
         return compute_wilson_interval(self.wins, self.total)
 
 
-def compute_wilson_interval(right: int, total: int) -> Interval:
+def compute_wilson_interval(right: float, total: int) -> Interval:
     """Give the 95 % Wilson score interval of a share.
 
     Args:
-        right: how many were right.
+        right: how many were right; with halves for ties it is on the wide side.
         total: of how many; 0 gives (0, 1).
 
     Returns:

@@ -364,7 +364,6 @@ class PolicyComparison:
         }
 
     def _compare(self, plan: EvaluationPlan | None, reward: str) -> Compared:
-        statistics = self._config.statistics
         judged = pd.DataFrame({"status": [], "margin": [], "longer": []})
         if plan is not None:
             key = plan.annotation.reward_key
@@ -375,10 +374,7 @@ class PolicyComparison:
         def rate(rows: pd.DataFrame, ties: int = 0, left_out: int = 0) -> WinRate:
             margins = rows["margin"].astype(float)
             won, even, lost = (int(s.sum()) for s in (margins > 0, margins == 0, margins < 0))
-            return WinRate.of(
-                won, even + ties, lost, left_out,
-                resamples=statistics.resamples, seed=statistics.seed,
-            )  # fmt: skip
+            return WinRate.of(won, even + ties, lost, left_out)
 
         return Compared(
             reward,

@@ -1,7 +1,8 @@
 """How often a policy wins, how sure that is, and how long its answers are.
 
-A win rate is a mean over questions: 1 for a win, ½ for a tie, 0 for a loss. Its interval draws
-questions anew, so that verdicts on one question (two orders, two turns) stay together.
+A win rate is a mean over questions: 1 for a win, ½ for a tie, 0 for a loss. Where a question has
+several verdicts (two orders, two turns), the interval draws questions anew, so that they stay
+together.
 
 Pure functions on numpy arrays: no Spark, no torch, no I/O.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdr.accuracy import Z_95
+from cdr.accuracy import Z_95, compute_wilson_interval
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,13 @@ class WinRate:
     rate: Estimate | None
 
     @classmethod
-    def of(
-        cls, wins: int, ties: int, losses: int, left_out: int, *, resamples: int, seed: int
-    ) -> WinRate:
-        """Compute the rate."""
-        verdicts = np.repeat([1.0, 0.5, 0.0], [wins, ties, losses])
+    def of(cls, wins: int, ties: int, losses: int, left_out: int = 0) -> WinRate:
+        """Compute the rate, with a Wilson interval: it holds for few questions too."""
+        total, won = wins + ties + losses, wins + ties / 2
         rate = None
-        if verdicts.size:
-            rate = estimate_mean(verdicts, scale=100, resamples=resamples, seed=seed)
+        if total:
+            low, high = compute_wilson_interval(won, total)
+            rate = Estimate(100 * won / total, 100 * low, 100 * high, total)
         return cls(wins, ties, losses, left_out, rate)
 
     def as_metrics(self) -> dict[str, Any]:

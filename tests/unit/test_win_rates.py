@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from cdr.win_rates import WinRate, estimate_mean, estimate_normal, measure_lengths
+from cdr.accuracy import compute_wilson_interval
+from cdr.win_rates import Estimate, WinRate, estimate_mean, estimate_normal, measure_lengths
 
 DRAWS = {"resamples": 2000, "seed": 0}
 
 
 def test_a_tie_is_half_a_win_and_what_is_left_out_counts_nowhere() -> None:
-    found = WinRate.of(5, 2, 1, 4, resamples=2000, seed=0)
-    assert found.rate is not None
-    # (5 + 2/2) / 8
-    assert found.rate.value == 75
-    assert found.rate.count == 8
-    assert found.rate.low < 75 < found.rate.high
+    found = WinRate.of(5, 2, 1, 4)
+    # (5 + 2/2) / 8, and the Wilson interval of 6 out of 8
+    low, high = (100 * bound for bound in compute_wilson_interval(6, 8))
+    assert found.rate == Estimate(75, low, high, 8)
     assert found.as_metrics()["left_out"] == 4
-    assert WinRate.of(0, 0, 0, 3, resamples=100, seed=0).rate is None
+    assert WinRate.of(0, 0, 0, 3).rate is None
+    # A bootstrap of four wins would be sure of 100 %.
+    assert WinRate.of(4, 0, 0).as_metrics()["win_rate"]["ci_low"] == pytest.approx(51.0, abs=0.1)
 
 
 def test_the_interval_is_that_of_the_normal_distribution_where_questions_are_many() -> None:

@@ -60,7 +60,8 @@ def whole(
     """The annotated warehouse with samples and verdicts, only to be read."""
     copy = annotated.copy(tmp_path_factory.mktemp("whole"))
     warehouse = Warehouse(spark, str(copy.warehouse))
-    rewards = {row["prompt_id"]: row for row in copy.rows("rewards")}
+    judged = copy.rows("rewards")
+    rewards = {row["prompt_id"]: row for row in judged}
     sampled = [
         {
             "dataset": "demo", "prompt_id": name, "completion_id": f"{name}-1",
@@ -71,10 +72,16 @@ def whole(
         for name in ("p0", "p5", "twin")
     ]  # fmt: skip
     key = {"dataset": "demo", "reward_key": "k"}
+    # As if a judge had been asked what the models were asked, once for all answers to it.
+    verdicts = [
+        {"model_key": model, "prefix_hash": prefix, "verdict": "A", "run_id": "r"}
+        for model, prefix in sorted(questions_of(judged))
+    ]
     for table, known in (
         (COMPLETIONS, sampled),
         (BENCHMARK_PAIRS, [{**key, "prompt_id": name} for name in ("p0", "p5", "twin")]),
         (BENCHMARK_RESULTS, [{**key, "level": "overall"}]),
+        (VERDICTS, verdicts),
         (STUDY_PAIRS, [{"dataset": "demo", "study": "s"}]),
     ):
         values = [tuple(row.get(name) for name in table.names()) for row in known]
@@ -100,6 +107,10 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return row["model_key"], bytes(row["prefix_hash"]), bytes(row["completion_hash"])
 
 
+def questions_of(rewards: list[dict[str, Any]]) -> set[tuple[str, bytes]]:
+    return {(model, prefix) for model, prefix, _ in keys_of(rewards)}
+
+
 def test_every_table_is_thought_of() -> None:
     assert {*BY_ID, ROUTES, LOGPROBS, VERDICTS, *NO_PROMPTS} == set(TABLES)
 
@@ -115,6 +126,7 @@ def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(
     mine = [row for row in rewards if row["prompt_id"] in gone]
     others = [row for row in rewards if row["prompt_id"] not in gone]
     keys = keys_of(mine) - keys_of(others)
+    questions = questions_of(mine) - questions_of(others)
     hashes = {row["prompt_hash"] for row in mine} - {row["prompt_hash"] for row in others}
     # The twin has the prompt and the completions of p0, and keeps what is theirs in common.
     assert keys
@@ -125,6 +137,11 @@ def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(
     after = {table.name: place.rows(table) for table in TABLES}
     expected = {
         "logprobs": [row for row in before["logprobs"] if key_of(row) not in keys],
+        "verdicts": [
+            row
+            for row in before["verdicts"]
+            if (row["model_key"], bytes(row["prefix_hash"])) not in questions
+        ],
         "routes": [row for row in before["routes"] if row["prompt_hash"] not in hashes],
         "runs": before["runs"],
     }
@@ -147,6 +164,7 @@ def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(
     }
     shared = {table.table: table.kept_shared for table in receipt.tables}
     assert shared["logprobs"] == len(keys_of(mine) & keys_of(others))
+    assert shared["verdicts"] == len(questions_of(mine) & questions_of(others)) > 0
     kept_hash = {row["prompt_hash"] for row in mine} - hashes
     assert shared["routes"] == sum(row["prompt_hash"] in kept_hash for row in before["routes"]) > 0
     assert receipt.num_found == 4

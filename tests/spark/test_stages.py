@@ -147,7 +147,7 @@ def test_the_router_decides_once_per_prompt_and_unsure_or_unread_prompts_fall_ba
         return make_plan(tmp_path, rows, {"models": models, "routing": routing})
 
     prompts = {row["prompt_id"]: row["prompt"] for row in rows}
-    asked = plan_with(rows, 0).route
+    asked = plan_with(rows, 0).reward.route
     assert asked is not None
     decisions = {name: decide(asked, prompt) for name, prompt in prompts.items()}
     assert decisions["long"].confidence is None

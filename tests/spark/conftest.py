@@ -20,12 +20,16 @@ LOCAL_CONF = Path(__file__).resolve().parents[2] / "conf" / "cluster" / "local.c
 
 @pytest.fixture(scope="package")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
-    """A session with the settings users get on one machine; Delta's JARs are fetched once."""
+    """A session with the settings users get on one machine, less the compiling of plans."""
     builder = SparkSession.builder.appName("cdr-tests")
     for line in LOCAL_CONF.read_text().splitlines():
         if line and not line.startswith("#"):
             key, value = line.split(maxsplit=1)
             builder = builder.config(key, value)
+    # Compiling every new plan takes a quarter of the CPU time over these few rows. Tests of the
+    # whole jobs (tests/e2e) keep to what users get.
+    builder = builder.config("spark.sql.codegen.wholeStage", "false")
+    builder = builder.config("spark.sql.codegen.factoryMode", "NO_CODEGEN")
     catalog = tmp_path_factory.mktemp("spark-warehouse")
     builder = builder.config("spark.sql.warehouse.dir", str(catalog))
     with pytest.MonkeyPatch.context() as patch:

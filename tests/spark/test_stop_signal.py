@@ -94,7 +94,13 @@ class WatchedWarehouse(Warehouse):
         super().__init__(*arguments)
         self.endangered: list[bool] = []
 
+    def append(self, table: Table, rows: DataFrame) -> None:
+        self._note()
+
     def replace(self, table: Table, rows: DataFrame, **_: Any) -> None:
+        self._note()
+
+    def _note(self) -> None:
         timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
         self.endangered.append(not all(timer.finished.is_set() for timer in timers))
 

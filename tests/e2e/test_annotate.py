@@ -141,7 +141,6 @@ def nearest_rank(values: Sequence[float], share: float) -> float:
 
 
 # MLflow's own mappers, when its database store is first imported.
-@pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,6 @@ def rows(warehouse: Path, table: str) -> list[dict[str, Any]]:
 
 
 # MLflow's own mappers, when its database store is first imported.
-@pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 def test_a_quick_evaluation_with_the_demo_models_says_what_it_found_and_keeps_it(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

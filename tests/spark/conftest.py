@@ -37,6 +37,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         patch.setitem(os.environ, "PYSPARK_PYTHON", sys.executable)
         # Of the JVM, and so of workers and engine hosts: what tests fetch stays out of the user's.
         patch.setenv("CDR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # Of an API judge's tests: workers live as long as the session and keep its environment.
+        patch.setenv("JUDGE_KEY", "secret")
         session = builder.getOrCreate()
         session.sparkContext.setLogLevel("ERROR")
         yield session

@@ -216,10 +216,8 @@ def test_a_judge_compares_all_candidates_in_both_orders_and_asks_once(
 def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejected(
     spark: SparkSession,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "secret")
     is_down = True
 
     def answer(question: str, _: int) -> Reply:

@@ -84,7 +84,6 @@ def done(spark: SparkSession, place: Path) -> tuple[Warehouse, str]:
 
 
 # MLflow's own mappers, when its database store is first imported.
-@pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 def test_every_cell_is_stored_and_the_diagonal_is_null(
     done: tuple[Warehouse, str], place: Path
 ) -> None:

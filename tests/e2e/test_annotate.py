@@ -140,7 +140,6 @@ def nearest_rank(values: Sequence[float], share: float) -> float:
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
-# MLflow's own mappers, when its database store is first imported.
 def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,6 @@ def rows(warehouse: Path, table: str) -> list[dict[str, Any]]:
     return DeltaTable(str(warehouse / table)).to_pyarrow_table().to_pylist()
 
 
-# MLflow's own mappers, when its database store is first imported.
 def test_a_quick_evaluation_with_the_demo_models_says_what_it_found_and_keeps_it(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,6 @@ def done(spark: SparkSession, place: Path) -> tuple[Warehouse, str]:
     return warehouse, printed.getvalue()
 
 
-# MLflow's own mappers, when its database store is first imported.
 def test_every_cell_is_stored_and_the_diagonal_is_null(
     done: tuple[Warehouse, str], place: Path
 ) -> None:

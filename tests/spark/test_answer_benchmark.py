@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from mlflow import MlflowClient
 from pyspark.sql import SparkSession
 
 from cdr.downstream import LINK_TAG
 from cdr.errors import ConfigError, InputError, SetupError
 from cdr.tables import BENCHMARK_PAIRS, COMPLETIONS, RUNS
+from cdr.tracking import open_store
 from cdr.warehouse import Warehouse
 from jobs.answer_benchmark import main
 from tests.tokenizers import make_smollm2
@@ -76,7 +76,7 @@ def write_config(folder: Path, policy: Path, **changes: Any) -> list[str]:
 def test_two_turns_are_answered_written_compared_and_linked(
     spark: SparkSession, tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = open_store(f"sqlite:///{tmp_path}/mlflow.db")
     training = client.create_run(client.create_experiment("simpo")).info.run_id
     arguments = write_config(tmp_path, policy)
     assert main([*arguments, "--set", "dataset=start", "--set", "sampling.seed=5"]) == 0

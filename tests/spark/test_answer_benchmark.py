@@ -85,7 +85,7 @@ def test_two_turns_are_answered_written_compared_and_linked(
     assert main([*arguments, *linked, "--compare-with", str(start)]) == 0
 
     file = tmp_path / "answers" / "model_answer" / "tuned.jsonl"
-    rows = {row["question_id"]: row for row in map(json.loads, file.open())}
+    rows = {row["question_id"]: row for row in map(json.loads, file.read_text().splitlines())}
     assert list(rows) == [81, 82, 83]
     assert {len(row["choices"][0]["turns"]) for row in rows.values()} == {2}
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -159,6 +160,30 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
+class _Encode(Protocol):
+    def __call__(self, *, with_exemplar: bool) -> EncodedPrompt: ...
+
+
+def encode_within_limit(plan: EncodingPlan, encode: _Encode) -> EncodedPrompt:
+    """Encode a prompt with its exemplar, or without where that makes something too long.
+
+    Args:
+        plan: says whether the exemplar may be left out.
+        encode: does it.
+    """
+    encoded = encode(with_exemplar=True)
+    too_long = any(reason is RejectReason.TOO_LONG for _, reason, _ in encoded.rejected)
+    if too_long and encoded.exemplar_id and plan.drop_exemplar_when_too_long:
+        return encode(with_exemplar=False)
+    return encoded
+
+
+def refuse_prompt(candidates: Sequence[Candidate], refusal: RowRejected) -> EncodedPrompt:
+    """Refuse all candidates of a prompt for the same reason."""
+    whole = tuple((c.completion_id, refusal.reason, refusal.detail) for c in candidates)
+    return EncodedPrompt((), whole, None, None, False)
+
+
 class PromptEncoder:
     """Encodes prompts by a plan; loads each tokenizer once."""
 
@@ -192,11 +217,9 @@ class PromptEncoder:
             domain: domain of the pack; None leaves the prompt as it is.
             candidates: at least one.
         """
-        encoded = self._encode(messages, prompt_hash, domain, candidates, with_exemplar=True)
-        too_long = any(reason is RejectReason.TOO_LONG for _, reason, _ in encoded.rejected)
-        if too_long and encoded.exemplar_id and self._plan.drop_exemplar_when_too_long:
-            return self._encode(messages, prompt_hash, domain, candidates, with_exemplar=False)
-        return encoded
+        return encode_within_limit(
+            self._plan, partial(self._encode, messages, prompt_hash, domain, candidates)
+        )
 
     def _encode(
         self,
@@ -224,8 +247,7 @@ class PromptEncoder:
                 for model_key, condition in self._plan.views
             ]
         except RowRejected as refusal:
-            whole = tuple((c.completion_id, refusal.reason, refusal.detail) for c in candidates)
-            return EncodedPrompt((), whole, None, None, False)
+            return refuse_prompt(candidates, refusal)
 
         longest = {
             model_key: max(

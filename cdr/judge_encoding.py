@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import permutations
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from cdr.encoding import (
     EncodingPlan,
     PromptEncoder,
     check_ids,
+    encode_within_limit,
+    refuse_prompt,
 )
 from cdr.errors import RejectReason, RowRejected
 from cdr.judge import LABELS, judge_messages
@@ -156,11 +159,9 @@ class JudgeEncoder:
             domain: domain of the pack; None for no criteria.
             candidates: at least one.
         """
-        encoded = self._encode(messages, prompt_hash, domain, candidates, with_exemplar=True)
-        too_long = any(reason is RejectReason.TOO_LONG for _, reason, _ in encoded.rejected)
-        if too_long and encoded.exemplar_id and self._plan.drop_exemplar_when_too_long:
-            return self._encode(messages, prompt_hash, domain, candidates, with_exemplar=False)
-        return encoded
+        return encode_within_limit(
+            self._plan, partial(self._encode, messages, prompt_hash, domain, candidates)
+        )
 
     def _encode(
         self,
@@ -188,8 +189,7 @@ class JudgeEncoder:
                     judge_messages(messages, criteria, first, second)
                 )
         except RowRejected as refusal:
-            whole = tuple((c.completion_id, refusal.reason, refusal.detail) for c in candidates)
-            return EncodedPrompt((), whole, None, None, False)
+            return refuse_prompt(candidates, refusal)
         lengths = {pair: len(prefix_ids) for pair, (prefix_ids, _) in asked.items()}
         self._refuse_too_long(answers, num_tokens, lengths, rejected)
         if len(answers) == 1:

@@ -203,6 +203,8 @@ class DownstreamRun:
             return
         self._tracker.set_tags({LINK_TAG: run})
         self._tracker.set_tags({f"cdr.downstream.{ours}": self._config.benchmark}, run_id=run)
+        answers = f"Answers to {self._config.benchmark}"
+        self._tracker.link(run, run, is_our="SimPO training", are_its=answers)
 
 
 def _check_run(config: DownstreamConfig, warehouse: str) -> None:

@@ -34,6 +34,7 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 _MAX_PARAM_CHARS = 6000  # MLflow's limit; Databricks has the same
 _MAX_TAG_CHARS = 5000  # MLflow allows 8000, Databricks fewer
+_DESCRIPTION = "mlflow.note.content"  # Markdown
 _BATCH = 100  # parameters or tags in one request
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _METRIC_NAME = re.compile(r"[^\w\-. :/]")
@@ -167,6 +168,35 @@ class RunTracker:
                 self._client.set_tag(run_id or self.run_id, name, text)
 
         self._send("tags", {"run_id": run_id or self.run_id, **cut}, send)
+
+    def link(self, run_id: str, name: str, *, is_our: str, are_its: str) -> None:
+        """Link this run and another one, both ways, in the descriptions that MLflow's UI shows.
+
+        Args:
+            run_id: the other run; `has_run` is true of it.
+            name: what to call it.
+            is_our: what it is to this run, for example `annotate run`.
+            are_its: what this run is to it, for example `SimPO training`.
+        """
+
+        def send() -> None:
+            ours, its = (self._client.get_run(one) for one in (self.run_id, run_id))
+            self._describe(ours, f"{is_our}: [{name}]({self._page(its)})")
+            self._describe(its, f"{are_its}: [{self._run_name}]({self._page(ours)})")
+
+        self._send("link", {"run_id": run_id, "name": name, "is_our": is_our}, send)
+
+    def _describe(self, run: Any, line: str) -> None:
+        """Add a line to a run's description, whatever a person has written there."""
+        note = run.data.tags.get(_DESCRIPTION, "")
+        if line not in note:
+            text = f"{note}\n\n{line}".lstrip()
+            self._client.set_tag(run.info.run_id, _DESCRIPTION, text)
+
+    def _page(self, run: Any) -> str:
+        """Give a run's address within MLflow's UI."""
+        start = "/ml" if str(self.uri).startswith("databricks") else "#"
+        return f"{start}/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
     def log_metrics(self, metrics: Mapping[str, Any], *, step: int = 0) -> None:
         """Log the numbers of a nested mapping, under names joined by `/`.

@@ -159,7 +159,7 @@ class TrainingRun(JobRun):
                 "cdr.best": metrics["best"],
                 "cdr.best_learning_rate": f"{best['config']['learning_rate']:g}",
                 "cdr.best_beta": f"{best['config']['beta']:g}",
-                "cdr.policy": str(self._output / "policy"),
+                "cdr.policy": str((self._output / "policy").absolute()),
             }
         )
         self._tracker.log_file(self._output / "policy" / "README.md")
@@ -274,5 +274,8 @@ class TrainingRun(JobRun):
         if self._tracker.has_run(annotate):
             link = {f"cdr.training.{self._tracker.run_id}": self._run_id}
             self._tracker.set_tags(link, run_id=annotate)
+            self._tracker.link(
+                annotate, self.pairs.run_id, is_our="Annotate run", are_its="SimPO training"
+            )
         else:
             print(f"note: this MLflow store lacks the annotate run {annotate}; it gets no link")

@@ -28,8 +28,9 @@ class Warehouse:
 
     Args:
         spark: the session.
-        root: folder or URI of the warehouse.
-        places: other places per table name: a path (has a `/`) or a catalog name.
+        root: folder or URI of the warehouse; a path without a scheme is made full, since it is kept
+            in MLflow and in manifests, which are read from elsewhere.
+        places: other places per table name: a path (has a `/`), made full too, or a catalog name.
     """
 
     def __init__(
@@ -43,8 +44,11 @@ class Warehouse:
                 fix=f"known tables: {', '.join(table.name for table in TABLES)}",
             )
         self.spark = spark
-        self.root = root.rstrip("/")
-        self._places = dict(places or {})
+        self.root = self._in_full(root.rstrip("/"))
+        self._places = {
+            name: self._in_full(place) if _is_path(place) else place
+            for name, place in (places or {}).items()
+        }
         self._checked: set[str] = set()
 
     def place(self, table: Table) -> str:
@@ -54,9 +58,7 @@ class Warehouse:
     def sql_name(self, table: Table) -> str:
         """Give what stands behind FROM in a query over the table; Delta wants a full path there."""
         place = self.place(table)
-        return (
-            f"delta.`{self._qualified(place).removeprefix('file:')}`" if _is_path(place) else place
-        )
+        return f"delta.`{place.removeprefix('file:')}`" if _is_path(place) else place
 
     def exists(self, table: Table) -> bool:
         """Tell whether the table has been written."""
@@ -187,22 +189,21 @@ class Warehouse:
         None elsewhere, and for catalog names: a catalog that several processes can open is not one
         of a single machine's disk.
         """
-        place = self.place(table)
-        if not _is_path(place):
+        place = self.place(table).removeprefix("file:")
+        if not place.startswith("/"):
             return None
-        place = self._qualified(place)
-        if not place.startswith("file:"):
-            return None
-        folder = Path(place.removeprefix("file:"))
+        folder = Path(place)
         return folder.parent / "_locks" / folder.name
 
-    def _qualified(self, place: str) -> str:
-        """Give a path with its file system and in full, as `file:/data/warehouse/runs`."""
+    def _in_full(self, place: str) -> str:
+        """Give a place in full: with its file system, but for a local path, which is left bare."""
+        if re.match(r"^[A-Za-z][\w+.\-]*:", place):
+            return place
         jvm = self.spark._jvm
         assert jvm is not None
         path = jvm.org.apache.hadoop.fs.Path(place)
         files = path.getFileSystem(self.spark._jsc.hadoopConfiguration())
-        return str(files.makeQualified(path).toString())
+        return str(files.makeQualified(path).toString()).removeprefix("file:")
 
     def _writer(self, table: Table, rows: DataFrame) -> DataFrameWriter:
         missing = [name for name in table.names() if name not in rows.columns]
@@ -233,12 +234,7 @@ class Warehouse:
         place = self.place(table)
         # Not "if not exists": a table that another run has just created is to be checked.
         builder = DeltaTable.create(self.spark)
-        if _is_path(place):
-            # Delta takes a relative location for a name of the catalog.
-            is_whole = place.startswith("/") or ":/" in place
-            builder = builder.location(place if is_whole else self._qualified(place))
-        else:
-            builder = builder.tableName(place)
+        builder = builder.location(place) if _is_path(place) else builder.tableName(place)
         builder = builder.addColumns(table.schema()).comment(table.grain)
         builder = builder.property(VERSION_PROPERTY, str(SCHEMA_VERSION))
         builder = builder.property("delta.dataSkippingStatsColumns", ",".join(table.indexed()))

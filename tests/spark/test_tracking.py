@@ -131,12 +131,20 @@ def test_how_the_block_ends_is_the_runs_status(
     assert stored_run(tracker).info.status == status
 
 
-def test_runs_are_linked_by_a_tag_on_the_other_one(warehouse: Path) -> None:
+def test_runs_are_linked_both_ways(warehouse: Path) -> None:
     with make_tracker(warehouse) as annotate:
-        pass
+        annotate.set_tags({"mlflow.note.content": "Ours, for the spring release."})
     with make_tracker(warehouse) as policy:
         policy.set_tags({"cdr.policy_run": str(policy.run_id)}, run_id=annotate.run_id)
-    assert stored_run(annotate).data.tags["cdr.policy_run"] == policy.run_id
+        for _ in range(2):  # work that goes on in the same run links anew
+            policy.link(str(annotate.run_id), "a1", is_our="Annotate run", are_its="Training")
+    there, here = stored_run(annotate), stored_run(policy)
+    assert there.data.tags["cdr.policy_run"] == policy.run_id
+    page = f"#/experiments/{here.info.experiment_id}/runs"
+    assert here.data.tags["mlflow.note.content"] == f"Annotate run: [a1]({page}/{annotate.run_id})"
+    assert there.data.tags["mlflow.note.content"] == (
+        f"Ours, for the spring release.\n\nTraining: [{here.info.run_name}]({page}/{policy.run_id})"
+    )
 
 
 def test_long_values_are_cut_with_a_note_and_more_than_a_batch_is_taken(

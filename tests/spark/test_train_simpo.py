@@ -126,6 +126,11 @@ def test_a_search_is_linked_to_what_its_pairs_came_from_and_pinned_to_their_vers
     # And back, from the annotate run and in SQL as the page has it.
     (training,) = [row for row in warehouse.rows("runs") if row["job"] == "train_simpo"]
     back = client.get_run(annotate.run_id).data.tags
+    here, there = (tags["mlflow.note.content"], back["mlflow.note.content"])
+    assert here.startswith(f"Annotate run: [{rows[0]['run_id']}](#/experiments/")
+    assert here.endswith(f"/runs/{annotate.run_id})")
+    assert there.startswith("SimPO training: [")
+    assert there.endswith(f"/runs/{search.info.run_id})")
     assert back[f"cdr.training.{search.info.run_id}"] == training["run_id"]
     assert (training["outcome"], training["mlflow_run_id"]) == ("done", search.info.run_id)
     for table in ("runs", "preferences"):

@@ -2,8 +2,8 @@
 
 A pair is a win when the chosen answer's reward is strictly higher; a tie is a loss, and is counted.
 An accuracy may be a weighted mean over strata (a benchmark's subsets); its interval is a stratified
-bootstrap. Two rewards on the same pairs are compared by their discordant pairs: McNemar's exact
-test, and a paired bootstrap of the difference.
+bootstrap, or Wilson's where all pairs weigh alike. Two rewards on the same pairs are compared by
+their discordant pairs: McNemar's exact test, and a paired bootstrap of the difference.
 
 Drawing n pairs anew from a stratum and counting wins is drawing from a binomial distribution, so
 that is what is drawn: the result is the same, at a cost that does not depend on n. Pairs count as
@@ -113,12 +113,14 @@ def weighted_accuracy(strata: Sequence[Stratum]) -> float | None:
     return float((weights * shares).sum() / weights.sum())
 
 
-def bootstrap_accuracy(strata: Sequence[Stratum], *, resamples: int, seed: int) -> Interval | None:
-    """Give the 95 % percentile bootstrap interval of a weighted accuracy.
+def accuracy_interval(strata: Sequence[Stratum], *, resamples: int, seed: int) -> Interval | None:
+    """Give the 95 % interval of a weighted accuracy: Wilson's, or a percentile bootstrap.
 
     Args:
-        strata: each is drawn anew with its own number of pairs. One whose pairs are all won, or all
-            lost, has no spread of its own: with few pairs the interval is then too narrow.
+        strata: those whose pairs weigh alike are one, which changes no accuracy; where all are one,
+            the interval is Wilson's. Else each is drawn anew with its own number of pairs, and one
+            whose pairs are all won, or all lost, has no spread of its own: with few pairs the
+            interval is then too narrow.
         resamples: how many times.
         seed: of the draws; the same seed gives the same interval.
 
@@ -127,12 +129,33 @@ def bootstrap_accuracy(strata: Sequence[Stratum], *, resamples: int, seed: int) 
     """
     if not strata:
         return None
+    pooled = _pool([(s.tally.total, s.weight) for s in strata])
+    weights = np.array([sum(strata[i].weight for i in together) for together in pooled])
+    totals = np.array([sum(strata[i].tally.total for i in together) for together in pooled])
+    wins = np.array([sum(strata[i].tally.wins for i in together) for together in pooled])
+    if len(pooled) == 1:
+        return compute_wilson_interval(int(wins[0]), int(totals[0]))
     rng = np.random.default_rng(seed)
-    weights = np.array([stratum.weight for stratum in strata])
-    totals = np.array([stratum.tally.total for stratum in strata])
-    wins = np.array([stratum.tally.wins for stratum in strata])
-    drawn = rng.binomial(totals, wins / totals, size=(resamples, len(strata)))
+    drawn = rng.binomial(totals, wins / totals, size=(resamples, len(pooled)))
     return _percentiles((drawn / totals * weights).sum(axis=1) / weights.sum())
+
+
+def _pool(strata: Sequence[tuple[int, float]]) -> list[list[int]]:
+    """Put strata together whose pairs weigh alike.
+
+    Many small subsets that count by their pairs would else have hardly any spread: a subset of one
+    pair has none.
+
+    Args:
+        strata: number of pairs and weight of each.
+
+    Returns:
+        Places in `strata`, by what a pair weighs, in order of appearance.
+    """
+    alike: dict[str, list[int]] = {}
+    for place, (total, weight) in enumerate(strata):
+        alike.setdefault(f"{weight / total:.9e}", []).append(place)
+    return list(alike.values())
 
 
 @dataclass(frozen=True)
@@ -323,31 +346,37 @@ def compare_accuracies(
     """Compare two rewards by the pairs that only one of them wins.
 
     Args:
-        strata: tally (at least one pair) and weight of each; at least one.
+        strata: tally (at least one pair) and weight of each; at least one. Those whose pairs weigh
+            alike are drawn anew as one.
         resamples: of the bootstrap.
         seed: of its draws.
     """
     rng = np.random.default_rng(seed)
-    weights = np.array([weight for _, weight in strata])
-    drawn = np.empty((resamples, len(strata)))
-    for number, (tally, _) in enumerate(strata):
+    pooled = _pool([(tally.total, weight) for tally, weight in strata])
+    weights = np.array([sum(strata[i][1] for i in together) for together in pooled])
+    drawn = np.empty((resamples, len(pooled)))
+    for number, together in enumerate(pooled):
+        tally = _add([strata[i][0] for i in together])
         alike = tally.total - tally.only_a - tally.only_b
         chances = np.array([tally.only_a, tally.only_b, alike]) / tally.total
         counts = rng.multinomial(tally.total, chances, size=resamples)
         drawn[:, number] = (counts[:, 1] - counts[:, 0]) / tally.total
-    tallies = [tally for tally, _ in strata]
-    paired = PairedTally(
-        both=sum(tally.both for tally in tallies),
-        only_a=sum(tally.only_a for tally in tallies),
-        only_b=sum(tally.only_b for tally in tallies),
-        total=sum(tally.total for tally in tallies),
-    )
+    paired = _add([tally for tally, _ in strata])
     return Difference(
         a=weighted_accuracy([Stratum(tally.a, weight) for tally, weight in strata]) or 0.0,
         b=weighted_accuracy([Stratum(tally.b, weight) for tally, weight in strata]) or 0.0,
         interval=_percentiles((drawn * weights).sum(axis=1) / weights.sum()),
         p=compute_mcnemar_p(paired.only_a, paired.only_b),
         paired=paired,
+    )
+
+
+def _add(tallies: Sequence[PairedTally]) -> PairedTally:
+    return PairedTally(
+        both=sum(tally.both for tally in tallies),
+        only_a=sum(tally.only_a for tally in tallies),
+        only_b=sum(tally.only_b for tally in tallies),
+        total=sum(tally.total for tally in tallies),
     )
 
 

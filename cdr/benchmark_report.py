@@ -17,8 +17,8 @@ from cdr.accuracy import (
     LengthEffect,
     Stratum,
     Tally,
+    accuracy_interval,
     bin_by_length,
-    bootstrap_accuracy,
     measure_length,
     weighted_accuracy,
 )
@@ -348,7 +348,7 @@ def score_pairs(
     }
     effects[OVER_SECTIONS] = measure_length(margins, differences)
     balanced = {
-        name: bootstrap_accuracy(effect.strata, resamples=resamples, seed=seed)
+        name: accuracy_interval(effect.strata, resamples=resamples, seed=seed)
         for name, effect in effects.items()
     }
     return Report(
@@ -385,11 +385,7 @@ class _Scorer:
             sum(s.tally.ties for s in strata),
             sum(s.tally.total for s in strata),
         )
-        interval = (
-            strata[0].tally.interval
-            if len(strata) == 1
-            else bootstrap_accuracy(strata, resamples=self.resamples, seed=self.seed)
-        )
+        interval = accuracy_interval(strata, resamples=self.resamples, seed=self.seed)
         accuracy = weighted_accuracy(strata)
         return Score(
             level, section, name, accuracy, interval, tally, left_out,

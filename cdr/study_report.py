@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cdr.accuracy import Interval, Stratum, Tally, bootstrap_accuracy, weighted_accuracy
+from cdr.accuracy import Interval, Stratum, Tally, accuracy_interval, weighted_accuracy
 from cdr.benchmark_report import ALL_PAIRS, MEAN_OF_SECTIONS
 from cdr.rewardbench import PRIOR_SETS, mean_of_sections, weight_of
 from cdr.study_config import StudyConfig
@@ -368,12 +368,11 @@ def _make_cell(
 def _score(config: StudyConfig, parts: Sequence[tuple[Tally, float]]) -> CellScore:
     strata = [Stratum(tally, weight) for tally, weight in parts]
     accuracy = weighted_accuracy(strata)
-    drawn = bootstrap_accuracy(
+    interval = accuracy_interval(
         strata, resamples=config.statistics.resamples, seed=config.statistics.seed
     )
     assert accuracy is not None
-    assert drawn is not None
-    interval = strata[0].tally.interval if len(strata) == 1 else drawn
+    assert interval is not None
     return CellScore(accuracy, interval, _add(tally for tally, _ in parts))
 
 

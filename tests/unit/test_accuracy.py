@@ -14,8 +14,8 @@ from cdr.accuracy import (
     PairedTally,
     Stratum,
     Tally,
+    accuracy_interval,
     bin_by_length,
-    bootstrap_accuracy,
     compare_accuracies,
     compute_mcnemar_p,
     compute_wilson_interval,
@@ -33,7 +33,7 @@ def test_a_win_is_strict_and_a_tie_is_a_loss() -> None:
 def test_no_pairs_have_no_accuracy() -> None:
     assert Tally.of([]).accuracy is None
     assert weighted_accuracy([]) is None
-    assert bootstrap_accuracy([], resamples=10, seed=0) is None
+    assert accuracy_interval([], resamples=10, seed=0) is None
 
 
 def test_wilson_interval() -> None:
@@ -48,31 +48,51 @@ def test_weights_decide_how_much_a_stratum_counts() -> None:
     assert weighted_accuracy(strata) == pytest.approx(615 / 1148)
 
 
-def test_bootstrap_is_seeded_and_as_wide_as_the_binomial_says() -> None:
-    strata = [Stratum(Tally(240, 0, 400), 1.0)]
-    first = bootstrap_accuracy(strata, resamples=20_000, seed=1)
-    assert first == bootstrap_accuracy(strata, resamples=20_000, seed=1)
-    few = [bootstrap_accuracy(strata, resamples=50, seed=seed) for seed in range(5)]
+def test_bootstrap_is_seeded() -> None:
+    strata = [Stratum(Tally(240, 0, 400), 1.0), Stratum(Tally(30, 0, 40), 2.0)]
+    first = accuracy_interval(strata, resamples=2_000, seed=1)
+    assert first == accuracy_interval(strata, resamples=2_000, seed=1)
+    few = [accuracy_interval(strata, resamples=50, seed=seed) for seed in range(5)]
     assert len(set(few)) > 1
-    # One stratum: about 0.6 ± 1.96 · sqrt(0.6 · 0.4 / 400) = 0.6 ± 0.048.
-    assert first == pytest.approx((0.552, 0.648), abs=0.004)
+
+
+def test_strata_whose_pairs_weigh_alike_are_one() -> None:
+    # Thirty subsets of a pair each have no spread of their own; thirty pairs have.
+    singles = [Stratum(Tally(number % 3 > 0, 0, 1), 0.1) for number in range(30)]
+    expected = compute_wilson_interval(20, 30)
+    assert accuracy_interval(singles, resamples=10, seed=0) == expected
+    # Beside a subset of another weight they are drawn together: 0.5² · (2/9)/30 + 0.5² · 0.25/50.
+    strata = [*singles, Stratum(Tally(25, 0, 50), 3.0)]
+    spread = 1.96 * math.sqrt(0.25 * (2 / 9) / 30 + 0.25 * 0.25 / 50)
+    low, high = accuracy_interval(strata, resamples=20_000, seed=0) or (0, 0)
+    middle = (2 / 3 + 1 / 2) / 2
+    assert (low, high) == pytest.approx((middle - spread, middle + spread), abs=0.01)
+    pairs = [(PairedTally(0, 0, number % 2, 1), 1.0) for number in range(40)]
+    whole = [(PairedTally(0, 0, 20, 40), 1.0)]
+    found, expect = (compare_accuracies(p, resamples=500, seed=0) for p in (pairs, whole))
+    assert found.interval == expect.interval
+    assert found.interval[0] < found.value < found.interval[1]
 
 
 def test_bootstrap_of_two_strata_draws_each_by_itself() -> None:
     # Variance (0.25² + 0.75²)-weighted: 0.0625 · 0.25/100 + 0.5625 · 0.16/50.
     strata = [Stratum(Tally(50, 0, 100), 1.0), Stratum(Tally(40, 0, 50), 3.0)]
     spread = 1.96 * math.sqrt(0.0625 * 0.25 / 100 + 0.5625 * 0.16 / 50)
-    low, high = bootstrap_accuracy(strata, resamples=20_000, seed=0) or (0, 0)
+    low, high = accuracy_interval(strata, resamples=20_000, seed=0) or (0, 0)
     assert low == pytest.approx(0.725 - spread, abs=0.01)
     assert high == pytest.approx(0.725 + spread, abs=0.01)
 
 
 def test_bootstrap_agrees_with_drawing_rows() -> None:
     rng = np.random.default_rng(0)
-    wins = np.array([True] * 30 + [False] * 20)
-    means = [rng.choice(wins, wins.size).mean() for _ in range(4000)]
-    low, high = bootstrap_accuracy([Stratum(Tally(30, 0, 50), 7)], resamples=4000, seed=0) or (0, 0)
-    assert (low, high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.021)
+    wins = [np.array([True] * 30 + [False] * 20), np.array([True] * 10 + [False] * 10)]
+    means = [
+        (rng.choice(wins[0], 50).mean() + 2 * rng.choice(wins[1], 20).mean()) / 3
+        for _ in range(4000)
+    ]
+    strata = [Stratum(Tally(30, 0, 50), 1), Stratum(Tally(10, 0, 20), 2)]
+    found = accuracy_interval(strata, resamples=4000, seed=0)
+    assert found == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.021)
 
 
 @pytest.mark.parametrize(

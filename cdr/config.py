@@ -19,6 +19,14 @@ from pydantic import Field, model_validator
 from cdr.config_files import MayBeFile, Spec, load_config
 from cdr.reward_config import EngineName, RewardSpec
 
+# What the configs of all jobs have in common, each key with its one rule.
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$")]
+WarehousePlace = Annotated[str, Field(description="Folder (or URI) of the tables.")]
+TablePlaces = Annotated[
+    dict[str, str],
+    Field(default_factory=dict, description="Other places per table: a path, or a catalog name."),
+]
+
 
 class ColumnsSpec(Spec):
     """Names of the input's columns. None: the input has no such column."""
@@ -33,6 +41,15 @@ class ColumnsSpec(Spec):
     )
     system: str | None = Field(None, description="System message, where prompt is a string.")
     domain: str | None = Field(None, description="Domain for routing.mode `column`.")
+    per_completion: tuple[str, ...] = Field(
+        (),
+        description="Layout `array`: other arrays of yours with an item per completion, such as "
+        "scores. Each candidate's `passthrough` has its own item; of arrays not named, all of it.",
+    )
+
+    def mapped(self) -> set[str]:
+        """Name the columns that are read for what they mean."""
+        return {name for name in self.model_dump(exclude={"per_completion"}).values() if name}
 
 
 class SourceSpec(Spec):
@@ -79,6 +96,17 @@ class InputSpec(SourceSpec):
             problems.append("prompts_path: is given exactly when layout is 'joined'")
         if self.layout == "joined" and self.columns.prompt_id is None:
             problems.append("columns.prompt_id: layout 'joined' needs it")
+        named = self.columns.per_completion
+        if named and self.layout != "array":
+            problems.append(
+                f"columns.per_completion: is for layout 'array', got layout '{self.layout}'"
+            )
+        taken = self.columns.mapped() - {self.columns.completion_b}
+        problems += [
+            f"columns.per_completion: '{name}' is named twice, here or for another key"
+            for name in dict.fromkeys(named)
+            if name in taken or named.count(name) > 1
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -203,14 +231,9 @@ class ReportSpec(Spec):
 class AnnotateConfig(Spec):
     """One annotate run: which completions, which reward, which pairs, where to."""
 
-    dataset: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$",
-        description="Name of this set of completions in all tables.",
-    )
-    warehouse: str = Field(description="Folder (or URI) of the tables.")
-    tables: dict[str, str] = Field(
-        default_factory=dict, description="Other places per table: a path, or a catalog name."
-    )
+    dataset: DatasetName = Field(description="Name of this set of completions in all tables.")
+    warehouse: WarehousePlace
+    tables: TablePlaces
     input: InputSpec
     engine: EngineName | None = Field(
         None, description="Takes the place of `reward.engine`, as in `--set engine=vllm`."

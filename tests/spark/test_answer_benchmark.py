@@ -79,8 +79,17 @@ def test_two_turns_are_answered_written_compared_and_linked(
     client = open_store(f"sqlite:///{tmp_path}/mlflow.db")
     training = client.create_run(client.create_experiment("simpo")).info.run_id
     arguments = write_config(tmp_path, policy)
-    assert main([*arguments, "--set", "dataset=start", "--set", "sampling.seed=5"]) == 0
-    start = tmp_path / "answers" / "model_answer" / "start.jsonl"
+    # Another policy's file, as the benchmark's tool writes it.
+    start = tmp_path / "start.jsonl"
+    answers = [
+        {
+            "question_id": row["question_id"],
+            "model_id": "start",
+            "choices": [{"index": 0, "turns": [f"Well, {text}" for text in row["turns"]]}],
+        }
+        for row in QUESTIONS
+    ]
+    start.write_text("".join(json.dumps(row) + "\n" for row in answers))
     linked = ["--set", f"training_run={training}"]
     assert main([*arguments, *linked, "--compare-with", str(start)]) == 0
 

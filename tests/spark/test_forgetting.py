@@ -115,16 +115,50 @@ def test_every_table_is_thought_of() -> None:
     assert {*BY_ID, ROUTES, LOGPROBS, VERDICTS, *NO_PROMPTS} == set(TABLES)
 
 
-def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(
-    spark: SparkSession, place: Place
-) -> None:
+@dataclass(frozen=True)
+class Forgotten:
+    """A warehouse in which `GONE` and an id that nobody has were forgotten; rows and versions."""
+
+    place: Place
+    begun: dt.datetime
+    before: dict[str, list[dict[str, Any]]]
+    after: dict[str, list[dict[str, Any]]]
+    versions_before: dict[str, int]
+    versions_after: dict[str, int]
+    receipt: Receipt
+
+
+GONE = {"p0", "p3", "p5", "lonely"}
+
+
+@pytest.fixture(scope="module")
+def forgotten(
+    spark: SparkSession, whole: Annotated, tmp_path_factory: pytest.TempPathFactory
+) -> Forgotten:
+    copy = whole.copy(tmp_path_factory.mktemp("forgotten"))
+    place = Place(copy, Warehouse(spark, str(copy.warehouse)))
     nobodys = ("m" * 64, bytes(16), bytes(16), -1.0, 1, 1, None, "v", "r")
     place.warehouse.append(LOGPROBS, spark.createDataFrame([nobodys], LOGPROBS.schema()))
     before = {table.name: place.rows(table) for table in TABLES}
-    gone = {"p0", "p3", "p5", "lonely"}
+    versions = {table.name: copy.version(table.name) for table in TABLES}
+    begun = dt.datetime.now(dt.UTC).replace(microsecond=0)
+    receipt = place.forget(*GONE, "nobody")
+    return Forgotten(
+        place,
+        begun,
+        before,
+        {table.name: place.rows(table) for table in TABLES},
+        versions,
+        {table.name: copy.version(table.name) for table in TABLES},
+        receipt,
+    )
+
+
+def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(forgotten: Forgotten) -> None:
+    before, after, receipt = forgotten.before, forgotten.after, forgotten.receipt
     rewards = before["rewards"]
-    mine = [row for row in rewards if row["prompt_id"] in gone]
-    others = [row for row in rewards if row["prompt_id"] not in gone]
+    mine = [row for row in rewards if row["prompt_id"] in GONE]
+    others = [row for row in rewards if row["prompt_id"] not in GONE]
     keys = keys_of(mine) - keys_of(others)
     questions = questions_of(mine) - questions_of(others)
     hashes = {row["prompt_hash"] for row in mine} - {row["prompt_hash"] for row in others}
@@ -132,9 +166,6 @@ def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(
     assert keys
     assert keys_of(mine) & keys_of(others)
     assert len(hashes) == 3
-    receipt = place.forget(*gone)
-
-    after = {table.name: place.rows(table) for table in TABLES}
     expected = {
         "logprobs": [row for row in before["logprobs"] if key_of(row) not in keys],
         "verdicts": [
@@ -146,7 +177,7 @@ def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(
         "runs": before["runs"],
     }
     expected |= {
-        table.name: [row for row in before[table.name] if row["prompt_id"] not in gone]
+        table.name: [row for row in before[table.name] if row["prompt_id"] not in GONE]
         for table in BY_ID
     }
     for name, rows in expected.items():
@@ -170,48 +201,51 @@ def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(
     assert receipt.num_found == 4
     assert (receipt.unclaimed, receipt.unclaimed_deleted) == (1, False)
 
-    receipt = place.forget("p6", unclaimed=True)
-    assert (receipt.unclaimed, receipt.unclaimed_deleted) == (1, True)
-    # All that is left belongs to somebody.
-    assert {key_of(row) for row in place.rows(LOGPROBS)} == keys_of(place.annotated.rows("rewards"))
-
 
 def test_the_receipt_names_the_versions_that_still_hold_the_rows_and_until_when(
-    place: Place, tmp_path: Path
+    forgotten: Forgotten,
 ) -> None:
-    before = {table.name: place.annotated.version(table.name) for table in TABLES}
-    start = dt.datetime.now(dt.UTC).replace(microsecond=0)
-    receipt = place.forget("p5", "nobody")
-    (file,) = (place.annotated.warehouse / "_receipts").iterdir()
+    annotated, receipt = forgotten.place.annotated, forgotten.receipt
+    file = annotated.warehouse / "_receipts" / f"forget-{receipt.receipt_id}.json"
     stored = json.loads(file.read_text())
-    assert (stored["outcome"], stored["num_found"]) == ("done", 1)
+    assert (stored["outcome"], stored["num_found"]) == ("done", len(GONE))
     assert stored["prompt_ids_sha256"] == [
-        hashlib.sha256(name.encode()).hexdigest() for name in ("nobody", "p5")
+        hashlib.sha256(name.encode()).hexdigest() for name in sorted({*GONE, "nobody"})
     ]
     assert '"p5"' not in file.read_text()
     for table in receipt.tables:
-        if not table.rows:
-            assert table.version_after is None
-            continue
-        assert table.version_before == before[table.table]
-        assert table.version_after == place.annotated.version(table.table)
+        assert table.rows
+        assert table.version_before == forgotten.versions_before[table.table]
+        assert table.version_after == forgotten.versions_after[table.table]
+        assert table.version_after is not None
         assert table.version_after > table.version_before
         assert table.oldest_version == 0
         for text, days in ((table.files_gone_after, 7), (table.log_gone_after, 30)):
             assert text is not None
             then = dt.datetime.fromisoformat(text) - dt.timedelta(days=days)
-            assert start <= then <= dt.datetime.now(dt.UTC)
-    old = place.annotated.rows("preferences", before["preferences"])
+            assert forgotten.begun <= then <= dt.datetime.now(dt.UTC)
+    old = annotated.rows("preferences", forgotten.versions_before["preferences"])
     assert any(row["prompt_id"] == "p5" for row in old), "an old version has it still"
     # Delta's log keeps the conditions of what it was asked to do.
-    log = place.annotated.warehouse / "preferences" / "_delta_log"
-    version = place.annotated.version("preferences")
+    log = annotated.warehouse / "preferences" / "_delta_log"
+    version = forgotten.versions_after["preferences"]
     commit = (log / f"{version:020}.json").read_text().splitlines()
     info = next(line for line in commit if "commitInfo" in line)
     assert "p5" not in info
-    assert not (place.annotated.warehouse / "_staging").exists() or not list(
-        (place.annotated.warehouse / "_staging").iterdir()
+    assert not (annotated.warehouse / "_staging").exists() or not list(
+        (annotated.warehouse / "_staging").iterdir()
     )
+
+
+def test_rows_that_belong_to_nobody_go_when_that_is_asked_for(forgotten: Forgotten) -> None:
+    place = forgotten.place
+    receipt = place.forget("p6", unclaimed=True)
+    assert (receipt.unclaimed, receipt.unclaimed_deleted) == (1, True)
+    untouched = {table.table for table in receipt.tables if not table.rows}
+    assert "rejects" in untouched
+    assert {table.table for table in receipt.tables if table.version_after is None} == untouched
+    # All that is left belongs to somebody.
+    assert {key_of(row) for row in place.rows(LOGPROBS)} == keys_of(place.annotated.rows("rewards"))
 
 
 def test_the_logs_of_the_tables_quote_hashes_and_run_ids_alone(whole: Annotated) -> None:

@@ -8,17 +8,10 @@ from typing import Any
 
 from cdr.chat import Message
 from cdr.config import AnnotateConfig
-from cdr.report.data import (
-    DomainReport,
-    Histogram,
-    LengthEffect,
-    Lengths,
-    Piece,
-    ReportData,
-    ShownCandidate,
-    ShownPair,
-    TokenRow,
-)
+from cdr.report.annotation_data import AnnotationData, DomainReport, LengthEffect, Lengths
+from cdr.report.pairs import ShownCandidate, ShownPair
+from cdr.report.plots import Histogram
+from cdr.report.tokens import Piece, TokenRow
 from cdr.runs import RunRecord
 from cdr.summary import DomainSummary, Summary
 
@@ -134,7 +127,7 @@ def make_summary(names: tuple[str, ...], **changes: Any) -> Summary:
 
 def make_report(
     names: tuple[str, ...] = ("chat", "math_code", "safety"), *, texts: bool = True, **changes: Any
-) -> ReportData:
+) -> AnnotationData:
     """Make a report in which nothing looks wrong."""
     config = make_config(report={"texts": texts})
     record = RunRecord(
@@ -162,9 +155,9 @@ def make_report(
         "rebuild": "jobs/report.py --warehouse /data/warehouse --run 20260131T120000-1a2b3c",
         "preferences": "delta.`/data/warehouse/preferences`",
     }
-    return ReportData(**{**values, **changes})
+    return AnnotationData(**{**values, **changes})
 
 
-def with_summary(data: ReportData, **changes: Any) -> ReportData:
+def with_summary(data: AnnotationData, **changes: Any) -> AnnotationData:
     """Change numbers of the summary."""
     return dataclasses.replace(data, summary=dataclasses.replace(data.summary, **changes))

@@ -18,8 +18,8 @@ from cdr.config import AnnotateConfig, ReportSpec
 from cdr.errors import CdrError, TableError
 from cdr.files import Files
 from cdr.plan import AnnotationPlan, plan_annotation
-from cdr.report.gather import RunRows, gather_report
-from cdr.report.page import render_page
+from cdr.report.annotation_gather import RunRows, gather_annotation
+from cdr.report.annotation_page import render_annotation
 from cdr.runs import RunRecord
 from cdr.summary import Summary, summarize
 from cdr.tables import PREFERENCES, REJECTS, REWARDS, RUNS, UNPAIRED, Table
@@ -65,11 +65,11 @@ def report_run(
     """
     command = report_command(warehouse, record.run_id)
     try:
-        data = gather_report(
+        data = gather_annotation(
             rows, warehouse, plan.config, record, summary, plan,
             rebuild=command, ui_command=ui_command,
         )  # fmt: skip
-        page = render_page(data)
+        page = render_annotation(data)
         keep(page)
         return write_page(warehouse, record.run_id, page)
     except Exception as error:  # the run's work is done and must count as done
@@ -132,11 +132,11 @@ def rebuild_report(
         load_s={},  # `runs` does not keep it
         wall_s=(ended - record.started_at).total_seconds(),
     )
-    data = gather_report(
+    data = gather_annotation(
         rows, warehouse, config, record, summary, _plan_of(config),
         rebuild=report_command(warehouse, record.run_id),
     )  # fmt: skip
-    return write_page(warehouse, record.run_id, render_page(data))
+    return write_page(warehouse, record.run_id, render_annotation(data))
 
 
 def write_page(warehouse: Warehouse, run_id: str, page: str) -> str:

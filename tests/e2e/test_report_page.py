@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cdr.report.page import render_page
+from cdr.report.annotation_page import render_annotation
 from tests.browser import Browser, find_browser, run_browser
 from tests.report_data import SCRIPT, make_report
 
@@ -48,7 +48,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(render_page(make_report()), encoding="utf-8")
+    path.write_text(render_annotation(make_report()), encoding="utf-8")
     return path
 
 

@@ -152,15 +152,18 @@ class Report:
         if below:
             found.append(f"below chance in {_names(below)}: the reward prefers the worse answers.")
         for section, effect in self.length.items():
-            score = self.get("section", section)
-            interval = self.balanced_intervals.get(section)
-            if score and score.verdict == "above chance" and interval and interval[0] <= 0.5:
+            if self.may_be_length(section):
                 found.append(
                     f"{section} may be length: balanced for it, the interval "
-                    f"{_range(interval)} holds 50 % (longer wins: "
+                    f"{_range(self.balanced_intervals[section])} holds 50 % (longer wins: "
                     f"{_percent(effect.longer_wins.accuracy)})."
                 )
         return found
+
+    def may_be_length(self, section: str) -> bool:
+        """Tell whether a section is above chance, but would not be with lengths balanced."""
+        score, interval = self.get("section", section), self.balanced_intervals.get(section)
+        return bool(score and score.verdict == "above chance" and interval and interval[0] <= 0.5)
 
     def metrics(self) -> dict[str, Any]:
         """Give every number by name, for MLflow; None where absent."""

@@ -15,7 +15,7 @@ from pyspark.sql import Column, DataFrame, Row, Window
 from pyspark.sql import functions as F
 
 from cdr.config import AnnotateConfig
-from cdr.plan import AnnotationPlan
+from cdr.plan import RewardPlan
 from cdr.report.annotation_data import (
     NO_EFFECT,
     SMALL_MARGIN,
@@ -61,7 +61,7 @@ def gather_annotation(
     config: AnnotateConfig,
     record: RunRecord,
     summary: Summary,
-    plan: AnnotationPlan | None,
+    plan: RewardPlan | None,
     *,
     rebuild: str,
     ui_command: str | None = None,
@@ -87,7 +87,7 @@ def gather_annotation(
         rows.rewards,
         warehouse,
         config.reward,
-        None if plan is None else plan.reward,
+        plan,
         has_texts=config.report.texts,
     )
     pairs = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _INK, _MAIN, _OTHER = "#010203", "#010204", "#010205"
 _COLOURS = {_INK: "currentColor", _MAIN: "var(--plot)", _OTHER: "var(--other)"}
 _SIZE_IN = (3.0, 2.0)
-_WIDE_IN, _LINE_IN = 4.4, 0.22
+_LINE_IN = 0.22
 _MAX_NAME = 26
 
 _SETTINGS: Any = {
@@ -159,20 +159,26 @@ def draw_mirrored(up: Histogram, down: Histogram, *, axis: str, key: str, label:
         most = max(1, *up.counts, *down.counts) * 1.1
         axes.set_ylim(-most, most)
         axes.set_xlabel(axis)
-        axes.set_ylabel("lost     won")
+        axes.set_ylabel("pairs")
+        for name, place in (("won", 0.98), ("lost", 0.02)):
+            axes.text(0.99, place, name, transform=axes.transAxes, ha="right",
+                      va="top" if place > 0.5 else "bottom")  # fmt: skip
         _tick_numbers(axes)
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
 
     return _draw(paint, key, label)
 
 
-def draw_scores(lines: Sequence[ScoreLine], *, key: str, label: str) -> Markup:
+def draw_scores(
+    lines: Sequence[ScoreLine], *, key: str, label: str, width_in: float = 4.4
+) -> Markup:
     """Draw accuracies with their intervals, one below the other, against the 50 % of a coin.
 
     Args:
         lines: from top to bottom; at least one.
         key: unique in the page; starts every id inside.
         label: what a reader who does not see it is told.
+        width_in: of the picture; text is larger in a narrow one.
     """
 
     def paint(axes: Axes) -> None:
@@ -184,8 +190,11 @@ def draw_scores(lines: Sequence[ScoreLine], *, key: str, label: str) -> Markup:
                 axes.plot(ends, [place, place], color=_MAIN, linewidth=2, solid_capstyle="butt")
             if line.longer_wins is not None:
                 axes.plot(100 * line.longer_wins, place, marker="|", color=_OTHER, markersize=9,
+                          clip_on=False,
                           markeredgewidth=2)  # fmt: skip
-            axes.plot(100 * line.accuracy, place, marker="o", color=_MAIN, markersize=5)
+            axes.plot(
+                100 * line.accuracy, place, marker="o", color=_MAIN, markersize=5, clip_on=False
+            )
         # A name is the input's: a dollar sign in it is no formula.
         axes.set_yticks(places, [_cut(line.name) for line in lines], parse_math=False)
         axes.tick_params(axis="y", length=0)
@@ -193,7 +202,7 @@ def draw_scores(lines: Sequence[ScoreLine], *, key: str, label: str) -> Markup:
         axes.set_xlim(0, 100)
         axes.set_xlabel("accuracy, %")
 
-    return _draw(paint, key, label, size_in=(_WIDE_IN, 0.6 + _LINE_IN * len(lines)))
+    return _draw(paint, key, label, size_in=(width_in, 0.6 + _LINE_IN * len(lines)))
 
 
 def _cut(name: str) -> str:

@@ -290,9 +290,11 @@ def test_a_page_that_fails_costs_the_run_nothing_and_a_later_run_replaces_the_ro
     assert outcomes[later] == "done"
 
     with pytest.raises(TableError, match=f"has replaced them; runs with rows: {later}"):
-        rebuild_report(spark, run.plan.config.warehouse, run_id=run.run_id)
-    with pytest.raises(TableError, match=f"no annotate run 'x' .*: {later}, {run.run_id}"):
-        rebuild_report(spark, run.plan.config.warehouse, run_id="x")
+        rebuild_report(spark, run.plan.config.warehouse, run_ids=[run.run_id])
+    with pytest.raises(
+        TableError, match=f"no annotate or evaluate run 'x' .*: {later}, {run.run_id}"
+    ):
+        rebuild_report(spark, run.plan.config.warehouse, run_ids=["x"])
 
 
 def test_a_page_goes_into_the_file_system_that_holds_the_tables(
@@ -301,6 +303,6 @@ def test_a_page_goes_into_the_file_system_that_holds_the_tables(
     # One that is no local folder to Python; Hadoop looks up where it is mounted.
     spark._jsc.hadoopConfiguration().set("fs.viewfs.mounttable.t.link./data", tmp_path.as_uri())
     page = "<p>naïve 🦊</p>\n" * 1000
-    place = write_page(Warehouse(spark, "viewfs://t/data"), "run-1", page)
+    place = write_page(Warehouse(spark, "viewfs://t/data"), ["run-1"], page)
     assert place == "viewfs://t/data/reports/run-1.html"
     assert (tmp_path / "reports/run-1.html").read_text(encoding="utf-8") == page

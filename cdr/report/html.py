@@ -7,13 +7,14 @@ template extends `frame.html.jinja`; pairs, findings and facts are drawn by `par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from cdr.benchmark_report import show_interval, show_percent
 from cdr.report.tokens import Piece, TokenRow
 from cdr.report.verdict import Level
 
@@ -70,7 +71,7 @@ def _environment() -> Environment:
         "count": lambda value: f"{value:,}",
         "explain": _explain,
         "heaviest": _heaviest,
-        "interval": _interval,
+        "interval": lambda value: show_interval(value) or "–",
         "mark": _MARKS.__getitem__,
         "number": show_number,
         "outcome": lambda value: _OUTCOMES.get(value, value),
@@ -78,7 +79,7 @@ def _environment() -> Environment:
         "pick": lambda values, place: show_number(values[place] if values else None),
         "points": lambda value: _minus(f"{100 * value:+.1f}") if value else "0.0",
         "shade": _shade,
-        "share": lambda value: "–" if value is None else f"{100 * value:.1f}",
+        "share": lambda value: show_percent(value) or "–",
         "shortened": _shortened,
         "signed": lambda value: _minus(f"{value:+.2f}"),
         "visible": lambda text: text.replace("\n", "⏎\n"),
@@ -88,10 +89,6 @@ def _environment() -> Environment:
 
 def _minus(text: str) -> str:
     return text.replace("-", "−")
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "–" if bounds is None else f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}"
 
 
 def _shortened(text: str, characters: int, is_told: bool = True) -> str:

@@ -143,21 +143,20 @@ def _side_by_side(data: EvaluationData) -> Iterator[Plot]:
 
 
 def _plot_scores(scores: Iterable[Score], key: str, told: str) -> Plot | None:
-    named = [(f"    {s.name}" if s.level == "subset" else s.name, s) for s in scores]
-    return _plot(named, key, told)
+    return _plot([(score.name, score) for score in scores], key, told)
 
 
 def _plot(
     named: Sequence[tuple[str, Score]], key: str, told: str, width_in: float = 4.4
 ) -> Plot | None:
     lines = [
-        ScoreLine(name, score.accuracy, score.interval, score.longer_wins)
+        ScoreLine(name, score.accuracy, score.interval, score.longer_wins, score.level == "subset")
         for name, score in named
         if score.accuracy is not None
     ]
     if not lines:
         return None
-    numbers = ", ".join(f"{line.name.strip()} {line.accuracy:.0%}" for line in lines)
+    numbers = ", ".join(f"{line.name} {line.accuracy:.0%}" for line in lines)
     return Plot(
         draw_scores(lines, key=key, label=f"{told}: {numbers}", width_in=width_in), f"{told}."
     )

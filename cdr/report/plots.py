@@ -68,16 +68,18 @@ class ScoreLine:
     """One line of `draw_scores`.
 
     Args:
-        name: what is scored; starts with blanks where it is a part of the one above.
+        name: what is scored.
         accuracy: 0 to 1.
         interval: 95 %; None: not drawn.
         longer_wins: what "the longer answer is better" reaches; None: not drawn.
+        is_part: of the one above: drawn smaller.
     """
 
     name: str
     accuracy: float
     interval: tuple[float, float] | None
     longer_wins: float | None = None
+    is_part: bool = False
 
 
 def draw_histogram(
@@ -186,15 +188,15 @@ def draw_scores(
         axes.axvline(50, color=_INK, linewidth=0.8, linestyle=":")
         for place, line in zip(places, lines, strict=True):
             if line.interval is not None:
-                ends = [100 * end for end in line.interval]
-                axes.plot(ends, [place, place], color=_MAIN, linewidth=2, solid_capstyle="butt")
+                low, high = (100 * end for end in line.interval)
+                axes.hlines(place, low, high, color=_MAIN, linewidth=1 if line.is_part else 2)
+            # Drawn whole at the ends of the axis too.
+            dot: dict[str, Any] = {"linestyle": "none", "clip_on": False}
             if line.longer_wins is not None:
-                axes.plot(100 * line.longer_wins, place, marker="|", color=_OTHER, markersize=9,
-                          clip_on=False,
-                          markeredgewidth=2)  # fmt: skip
-            axes.plot(
-                100 * line.accuracy, place, marker="o", color=_MAIN, markersize=5, clip_on=False
-            )
+                bar = {**dot, "marker": "|", "markersize": 9, "markeredgewidth": 2}
+                axes.plot(100 * line.longer_wins, place, color=_OTHER, **bar)
+            size = 3.5 if line.is_part else 5
+            axes.plot(100 * line.accuracy, place, color=_MAIN, marker="o", markersize=size, **dot)
         # A name is the input's: a dollar sign in it is no formula.
         axes.set_yticks(places, [_cut(line.name) for line in lines], parse_math=False)
         axes.tick_params(axis="y", length=0)

@@ -309,7 +309,7 @@ def test_the_page_shows_both_rows_and_the_surest_pairs_of_each(done: Done) -> No
                 if is_one:
                     (first,) = [name for name, margin in margins.items() if margin == extreme]
                     text = shown.partition(heading)[2]
-                    assert re.search(r"prompt <code>(.*?)</code>", text)[1] == first  # type: ignore[index]
+                    assert re.findall(r"prompt <code>(.*?)</code>", text)[0] == first
     # Every reason and every answer's tokens: colours stand where log-probs of tokens were kept.
     for _, reason in BAD.values():
         assert f'<th scope="row">{reason}</th>' in page

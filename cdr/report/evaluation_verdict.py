@@ -42,6 +42,12 @@ def _by_row(data: EvaluationData, found: Sequence[tuple[EvaluatedRow, str]]) -> 
     return "; ".join(f"{row.title}: {text}" for row, text in found)
 
 
+def _hint(data: EvaluationData) -> str:
+    if any(row.reward.is_per_token and row.reward.reduction == "sum" for row in data.rows):
+        return " Compare with reward.reduction: mean, which scores nothing again."
+    return ""
+
+
 def _check_sections(data: EvaluationData) -> Iterator[Finding]:
     wanted: tuple[tuple[Chance, Level, str, str | None], ...] = (
         (
@@ -88,8 +94,7 @@ def _check_length(data: EvaluationData) -> Iterator[Finding]:
             Level.LOOK,
             f"May be length: {_by_row(data, found)}. Were chosen answers longer as often as "
             "shorter, the intervals would hold 50 %.",
-            "Look at the accuracy by length difference; try reward.reduction: mean, which scores "
-            "nothing again.",
+            f"Look at the accuracy by length difference.{_hint(data)}",
         )
     sided = []
     for row in data.rows:
@@ -108,7 +113,7 @@ def _check_length(data: EvaluationData) -> Iterator[Finding]:
         yield Finding(
             Level.LOOK,
             f"The favourite is nearly always on one side of length: {_by_row(data, sided)}.",
-            "Such a reward sees little but length there: compare with reward.reduction: mean.",
+            f"Such a reward sees little but length there.{_hint(data)}",
         )
 
 

@@ -161,11 +161,6 @@ class EvaluationData:
         found = [score for row in self.rows for score in row.report.at("section")]
         return tuple(dict.fromkeys(s.name for s in found if s.tally.total or s.left_out))
 
-    @property
-    def has_texts(self) -> bool:
-        """Whether every row may show its prompts and answers."""
-        return all(row.config.report.texts for row in self.rows)
-
 
 def gather_evaluation(
     runs: Sequence[EvaluatedRun],

@@ -14,7 +14,7 @@ from cdr.report.reward_text import RewardText, reward_facts
 from cdr.tracking import redact
 
 _SUBMIT = "spark-submit --properties-file conf/cluster/local.conf"
-OVERALL = "Overall"
+_OVERALL = "Overall"
 
 
 def render_evaluation(data: EvaluationData) -> str:
@@ -29,7 +29,7 @@ def render_evaluation(data: EvaluationData) -> str:
     facts = [dict(_asked(row)) for row in data.rows]
     labels = list(dict.fromkeys(label for found in facts for label in found))
     differ = [name for name in labels if len({found.get(name) for found in facts}) > 1]
-    columns = [*data.sections, OVERALL]
+    columns = [*data.sections, _OVERALL]
     return render(
         "evaluation.html.jinja",
         data=data,
@@ -125,7 +125,7 @@ def _show_row(row: EvaluatedRow, place: int, columns: Sequence[str]) -> _Row:
 
 def _cell(row: EvaluatedRow, column: str) -> _Cell:
     report = row.report
-    if column == OVERALL:
+    if column == _OVERALL:
         return _Cell(report.get("overall", MEAN_OF_SECTIONS), False, row.printed.get(column))
     return _Cell(
         report.get("section", column), report.may_be_length(column), row.printed.get(column)

@@ -117,7 +117,7 @@ def read_pairs(
     candidates = _read_candidates(rewards, wanted)
     shower = _PairShower(reward, candidates, plan, _read_scored(candidates, warehouse), has_texts)
     return PairsRead(
-        pairs={ids: shower.show(ids) for ids in wanted},
+        pairs={ids: shower.show(ids) for ids in dict.fromkeys(wanted)},
         engine_versions=_engine_versions(candidates, warehouse),
         tokens_missing=shower.tokens_missing(),
     )

@@ -15,6 +15,8 @@ from cdr.tracking import redact
 
 _SUBMIT = "spark-submit --properties-file conf/cluster/local.conf"
 _OVERALL = "Overall"
+_DRAWN_PAIRS = 5
+"""Pairs from which a subset is drawn: an interval of fewer spans nearly everything."""
 
 
 def render_evaluation(data: EvaluationData) -> str:
@@ -99,12 +101,16 @@ class _Row:
 
 def _show_row(row: EvaluatedRow, place: int, columns: Sequence[str]) -> _Row:
     report, reward = row.report, RewardText.of(row.reward)
-    scores = [*report.scores_by_section(), *report.at("overall")]
+    scores = [
+        score
+        for score in (*report.scores_by_section(), *report.at("overall"))
+        if score.level != "subset" or score.tally.total >= _DRAWN_PAIRS
+    ]
     domains = sorted({domain for found in report.routed.values() for domain in found})
     bins = report.at("length")
     told = (
         "with 95 % intervals; the dotted line is a coin's 50 %, the upright bar what “the longer "
-        "answer is better” reaches"
+        f"answer is better” reaches; subsets of fewer than {_DRAWN_PAIRS} pairs: see the table"
     )
     return _Row(
         row=row,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from cdr.benchmark_report import Score
 from cdr.benchmark_report import Verdict as Chance
 from cdr.report.evaluation import EvaluatedRow, EvaluationData
 from cdr.report.verdict import Finding, Level, Limits, Verdict, check_engines
@@ -53,7 +54,7 @@ def _check_sections(data: EvaluationData) -> Iterator[Finding]:
         (
             "below chance",
             Level.STOP,
-            "Below chance, the worse answers are preferred",
+            "Below chance, the worse answers are preferred, or tied",
             "Look whether strong and weak are swapped, or strong is the less aligned of the two; "
             "read the surest losses.",
         ),
@@ -70,8 +71,7 @@ def _check_sections(data: EvaluationData) -> Iterator[Finding]:
         for row in data.rows:
             scores = [s for s in row.report.at("section") if s.verdict == chance]
             if scores:
-                named = [f"{s.name} {s.tally.accuracy:.0%} of {s.tally.total:,}" for s in scores]
-                found.append((row, ", ".join(named)))
+                found.append((row, ", ".join(_name(score) for score in scores)))
         if found:
             yield Finding(level, f"{what}: {_by_row(data, found)}.", fix)
     empty = [(row, "no pair was judged") for row in data.rows if not row.report.judged]
@@ -81,6 +81,11 @@ def _check_sections(data: EvaluationData) -> Iterator[Finding]:
             f"There is no verdict: {_by_row(data, empty)}.",
             "See why pairs are left out.",
         )
+
+
+def _name(score: Score) -> str:
+    ties = f" ({score.tally.ties:,} tied)" if score.tally.ties else ""
+    return f"{score.name} {score.tally.accuracy:.0%} of {score.tally.total:,}{ties}"
 
 
 def _check_length(data: EvaluationData) -> Iterator[Finding]:

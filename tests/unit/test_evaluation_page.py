@@ -138,7 +138,7 @@ def test_each_verdict_is_told_once_with_the_rows_it_is_of() -> None:
     data = make_evaluation()
     below = f"plain ratio: {SECTIONS[1]} 20% of 50."
     assert found(data, "Below chance") == (
-        Level.STOP, f"Below chance, the worse answers are preferred: {below}"
+        Level.STOP, f"Below chance, the worse answers are preferred, or tied: {below}"
     )  # fmt: skip
     level, what = found(data, "Not above chance")
     assert (level, "plain ratio: Maths 52% of 50." in what) == (Level.LOOK, True)

@@ -60,8 +60,9 @@ def _asked(row: EvaluatedRow) -> Iterator[tuple[str, str]]:
     yield "sections", ", ".join(config.sections_in_use())
     yield from reward_facts(row.reward)
     if row.reward.routing.mode in ("adaptive", "column"):
-        domains = config.oracle.items()
-        yield "right domains", ", ".join(f"{name}: {domain}" for name, domain in domains)
+        # In the order of the sections: `runs` keeps configs sorted by key.
+        known = [name for name in config.sections_in_use() if name in config.oracle]
+        yield "right domains", ", ".join(f"{name}: {config.oracle[name]}" for name in known)
     yield (
         "intervals",
         f"95 %; {config.statistics.resamples:,} bootstrap draws, seed {config.statistics.seed}",

@@ -219,7 +219,7 @@ def test_the_oracle_gives_each_section_its_domain(done: Done) -> None:
     assert domains == {"Chat": "chat", "Safety": "safety", "Reasoning": "math_code"}
     assert "router audit" in done.output
     assert "accuracy lost against the oracle" in done.output
-    assert "A = cdr\nB = cdr.oracle" in done.output
+    assert "A = CDR, router\nB = cdr.oracle" in done.output
 
 
 def test_rewards_share_the_store_and_a_second_run_scores_nothing(done: Done) -> None:

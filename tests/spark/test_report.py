@@ -115,7 +115,9 @@ def run(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Run:
     )  # fmt: skip
     rows = RunRows(frames[REWARDS], frames[PREFERENCES], frames[REJECTS])
     record = RunRecord(**row)
-    data = gather_annotation(rows, warehouse, plan.config, record, summary, plan, rebuild="again")
+    data = gather_annotation(
+        rows, warehouse, plan.config, record, summary, plan.reward, rebuild="again"
+    )
     return Run(plan, warehouse, printed.getvalue(), path.read_text(encoding="utf-8"), data)
 
 

@@ -12,8 +12,8 @@ from pyspark.sql import DataFrame
 
 from cdr.job_run import Share
 from cdr.plan import AnnotationPlan
+from cdr.report.annotation_gather import RunRows
 from cdr.report.build import report_run
-from cdr.report.gather import RunRows
 from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
 from cdr.summary import Summary, summarize

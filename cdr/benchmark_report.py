@@ -23,6 +23,7 @@ from cdr.accuracy import (
     weighted_accuracy,
 )
 from cdr.rewardbench import PRIOR_SETS, SUBSETS, leaderboard_mean, mean_of_sections, weight_of
+from cdr.text_table import render_table
 
 Level = Literal["subset", "section", "overall", "domain", "length", "length_prior"]
 Verdict = Literal["above chance", "not above chance", "below chance"]
@@ -152,15 +153,18 @@ class Report:
         if below:
             found.append(f"below chance in {_names(below)}: the reward prefers the worse answers.")
         for section, effect in self.length.items():
-            score = self.get("section", section)
-            interval = self.balanced_intervals.get(section)
-            if score and score.verdict == "above chance" and interval and interval[0] <= 0.5:
+            if self.may_be_length(section):
                 found.append(
                     f"{section} may be length: balanced for it, the interval "
-                    f"{_range(interval)} holds 50 % (longer wins: "
-                    f"{_percent(effect.longer_wins.accuracy)})."
+                    f"{show_interval(self.balanced_intervals[section])} holds 50 % (longer wins: "
+                    f"{show_percent(effect.longer_wins.accuracy)})."
                 )
         return found
+
+    def may_be_length(self, section: str) -> bool:
+        """Tell whether a section is above chance, but would not be with lengths balanced."""
+        score, interval = self.get("section", section), self.balanced_intervals.get(section)
+        return bool(score and score.verdict == "above chance" and interval and interval[0] <= 0.5)
 
     def metrics(self) -> dict[str, Any]:
         """Give every number by name, for MLflow; None where absent."""
@@ -197,27 +201,27 @@ class Report:
 
     def render(self) -> str:
         """Write the numbers for a terminal; accuracies in percent."""
-        return "\n".join(
-            line.rstrip()
-            for block in (self._scores(), self._lengths(), self._routing(), self._left_out())
-            for line in block
-        )
+        blocks = (self._scores(), self._lengths(), self._routing(), self._left_out())
+        return "\n".join(line for block in blocks for line in block)
 
     def _scores(self) -> list[str]:
-        width = max(len(score.name) for score in self.scores) + 4
-        lines = [
-            f"{'accuracy, %':<{width}}{'pairs':>7}{'left out':>10}{'accuracy':>10}"
-            f"{'95 % CI':>13}{'ties':>6}{'longer wins':>13}"
-        ]
-        for score in (*self.scores_by_section(), *self.at("overall")):
-            name = f"  {score.name}" if score.level == "subset" else score.name
-            lines.append(
-                f"{name:<{width}}{score.tally.total:>7,}{score.left_out:>10,}"
-                f"{_percent(score.accuracy):>10}{_range(score.interval):>13}"
-                f"{score.tally.ties:>6,}{_percent(score.longer_wins):>13}"
-                + (f"   {score.verdict}" if score.level == "section" and score.verdict else "")
+        header = (
+            "accuracy, %", "pairs", "left out", "accuracy", "95 % CI", "ties", "longer wins", ""
+        )  # fmt: skip
+        rows = [
+            (
+                f"  {score.name}" if score.level == "subset" else score.name,
+                score.tally.total,
+                score.left_out,
+                show_percent(score.accuracy),
+                show_interval(score.interval),
+                score.tally.ties,
+                show_percent(score.longer_wins),
+                (score.level == "section" and score.verdict) or "",
             )
-        return lines
+            for score in (*self.scores_by_section(), *self.at("overall"))
+        ]
+        return render_table(header, rows)
 
     def scores_by_section(self) -> Iterable[Score]:
         """Give each section's score with those of its subsets behind it, if it has several."""
@@ -228,46 +232,52 @@ class Report:
                 yield from subsets
 
     def _lengths(self) -> list[str]:
-        lines = [
-            "",
-            f"{'length':<14}{'longer wins':>12}{'chosen longer':>15}{'chosen shorter':>16}"
-            f"{'balanced':>10}{'95 % CI':>13}{'favours longer':>16}",
-        ]
-        for section, effect in self.length.items():
-            lines.append(
-                f"{section:<14}{_percent(effect.longer_wins.accuracy):>12}"
-                f"{_percent(effect.where_longer.accuracy):>15}"
-                f"{_percent(effect.where_shorter.accuracy):>16}"
-                f"{_percent(effect.balanced_accuracy):>10}"
-                f"{_range(self.balanced_intervals.get(section)):>13}"
-                f"{_percent(effect.favours_longer):>16}"
+        header = (
+            "length", "longer wins", "chosen longer", "chosen shorter", "balanced", "95 % CI",
+            "favours longer",
+        )  # fmt: skip
+        rows = [
+            (
+                section,
+                show_percent(effect.longer_wins.accuracy),
+                show_percent(effect.where_longer.accuracy),
+                show_percent(effect.where_shorter.accuracy),
+                show_percent(effect.balanced_accuracy),
+                show_interval(self.balanced_intervals.get(section)),
+                show_percent(effect.favours_longer),
             )
+            for section, effect in self.length.items()
+        ]
+        lines = ["", *render_table(header, rows)]
         groups: tuple[tuple[Level, str], ...] = (
             ("length", "chosen − rejected, tokens"),
             ("length_prior", "RewardBench's length prior"),
         )
         for level, title in groups:
-            if scores := self.at(level):
-                lines += ["", f"{title:<28}{'pairs':>7}{'accuracy':>10}{'95 % CI':>13}"]
-                lines += [
-                    f"  {score.name:<26}{score.tally.total:>7,}{_percent(score.accuracy):>10}"
-                    f"{_range(score.interval):>13}"
-                    for score in scores
-                ]
+            found = [
+                (
+                    f"  {score.name}",
+                    score.tally.total,
+                    show_percent(score.accuracy),
+                    show_interval(score.interval),
+                )
+                for score in self.at(level)
+            ]
+            if found:
+                lines += ["", *render_table((title, "pairs", "accuracy", "95 % CI"), found)]
         return lines
 
     def _routing(self) -> list[str]:
         domains = sorted({domain for row in self.routed.values() for domain in row})
         if domains in ([], ["none"]):
             return []
-        lines = ["", f"{'pairs by domain':<18}" + "".join(f"{name:>12}" for name in domains)]
-        lines += [
-            f"  {section:<16}" + "".join(f"{row.get(name, 0):>12,}" for name in domains)
+        rows: list[tuple[object, ...]] = [
+            (f"  {section}", *[row.get(name, 0) for name in domains])
             for section, row in self.routed.items()
         ]
         accuracies = {score.name: score.accuracy for score in self.at("domain")}
-        cells = "".join(f"{_percent(accuracies.get(name)):>12}" for name in domains)
-        lines.append(f"  {'accuracy, %':<16}{cells}")
+        rows.append(("  accuracy, %", *[show_percent(accuracies.get(name)) for name in domains]))
+        lines = ["", *render_table(("pairs by domain", *domains), rows)]
         if self.fallbacks:
             lines.append(f"  the router was not sure of {self.fallbacks:,} (fallback)")
         return lines
@@ -410,12 +420,14 @@ def _count_by_section(
 
 
 def _names(scores: Sequence[Score]) -> str:
-    return ", ".join(f"{score.name} ({_percent(score.tally.accuracy)} %)" for score in scores)
+    return ", ".join(f"{score.name} ({show_percent(score.tally.accuracy)} %)" for score in scores)
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+def show_percent(share: float | None) -> str | None:
+    """Write a share in percent, without the sign; None stays None."""
+    return None if share is None else f"{100 * share:.1f}"
 
 
-def _range(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+def show_interval(interval: Interval | None) -> str | None:
+    """Write an interval likewise: `40.0–90.2`."""
+    return None if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"

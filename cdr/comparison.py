@@ -14,10 +14,17 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from cdr.accuracy import Difference, PairedTally, compare_accuracies
-from cdr.benchmark_report import ALL_PAIRS, JUDGED_COLUMNS, MEAN_OF_SECTIONS, Report
+from cdr.benchmark_report import (
+    ALL_PAIRS,
+    JUDGED_COLUMNS,
+    MEAN_OF_SECTIONS,
+    Report,
+    show_percent,
+)
 from cdr.errors import InputError
 from cdr.rewardbench import PRIOR_SETS, mean_of_sections, weight_of
 from cdr.tables import BENCHMARK_PAIRS
+from cdr.text_table import render_table
 from cdr.warehouse import Warehouse
 
 Judged = pd.DataFrame
@@ -90,19 +97,24 @@ class Comparison:
 
     def render(self) -> str:
         """Write the numbers for a terminal; in percent, McNemar's p aside."""
-        lines = [
-            f"A = {self.names[0]}",
-            f"B = {self.names[1]}",
-            f"{'B − A, points':<20}{'pairs':>7}{'A':>8}{'B':>8}{'B − A':>8}{'95 % CI':>15}"
-            f"{'only A':>8}{'only B':>8}{'McNemar p':>11}",
-        ]
-        for name, found in self.differences.items():
-            low, high = found.interval
-            lines.append(
-                f"{name:<20}{found.paired.total:>7,}{_percent(found.a):>8}{_percent(found.b):>8}"
-                f"{100 * found.value:>+8.1f}{f'{100 * low:+.1f} to {100 * high:+.1f}':>15}"
-                f"{found.paired.only_a:>8,}{found.paired.only_b:>8,}{found.p:>11.3g}"
+        header = (
+            "B − A, points", "pairs", "A", "B", "B − A", "95 % CI", "only A", "only B", "McNemar p"
+        )  # fmt: skip
+        rows = [
+            (
+                name,
+                found.paired.total,
+                show_percent(found.a),
+                show_percent(found.b),
+                f"{100 * found.value:+.1f}",
+                " to ".join(f"{100 * end:+.1f}" for end in found.interval),
+                found.paired.only_a,
+                found.paired.only_b,
+                f"{found.p:.3g}",
             )
+            for name, found in self.differences.items()
+        ]
+        lines = [f"A = {self.names[0]}", f"B = {self.names[1]}", *render_table(header, rows)]
         if self.unpaired:
             lines.append(f"not compared, as only one reward has a verdict: {self.unpaired:,}")
         return "\n".join(lines)
@@ -171,17 +183,16 @@ def audit_router(
     """
     ok = router[router["status"] == "ok"]
     right = ok["domain"] == ok["section"].map(dict(oracle))
-    lines = [
-        "router audit",
-        f"{'section':<18}{'right domain':>14}{'routed there':>14}   routed elsewhere",
-    ]
+    rows: list[tuple[object, ...]] = []
     for section, row in report.routed.items():
         domain = oracle.get(section)
         total = sum(row.values())
         others = ", ".join(f"{name} {count:,}" for name, count in row.items() if name != domain)
-        share = _percent(row.get(str(domain), 0) / total) if domain else "-"
-        lines.append(f"{section:<18}{domain or '-':>14}{share:>14}   {others or '0'}")
-    lines.append(f"{'all':<18}{'':>14}{_percent(float(right.mean())):>14}")
+        share = show_percent(row.get(domain, 0) / total) if domain else None
+        rows.append((section, domain, share, others or "0"))
+    rows.append(("all", "", show_percent(float(right.mean())), ""))
+    header = ("section", "right domain", "routed there", "routed elsewhere")
+    lines = ["router audit", *render_table(header, rows)]
     if lost is None:
         lines.append("what its mistakes cost: run with --audit-router")
         return "\n".join(lines)
@@ -199,17 +210,18 @@ def render_rows(
     """
     shown = [s for s in sections if any(_at(report, s) is not None for _, report, _ in rows)]
     columns = [*shown, "Overall"]
-    width = max(len("row"), *(len(title) for title, _, _ in rows)) + 2
     has_printed = any(printed for _, _, printed in rows)
-    lines = [f"{'row':<{width}}" + "".join(f"{column:>15}" for column in columns)]
-    for title, report, printed in rows:
-        cells = []
-        for column in columns:
-            cell = _percent(_at(report, column))
-            if has_printed:
-                cell += f" ({printed[column]:.1f})" if column in printed else " (-)"
-            cells.append(f"{cell:>15}")
-        lines.append(f"{title:<{width}}" + "".join(cells))
+
+    def cell(report: Report, printed: Mapping[str, float], column: str) -> str | None:
+        share = show_percent(_at(report, column))
+        if not has_printed:
+            return share
+        return f"{share or '-'} ({f'{printed[column]:.1f}' if column in printed else '-'})"
+
+    lines = render_table(
+        ("row", *columns),
+        [(title, *[cell(report, p, name) for name in columns]) for title, report, p in rows],
+    )
     lines.append("Overall is the mean of sections; -: absent")
     if has_printed:
         lines.append("in brackets: as published")
@@ -223,7 +235,3 @@ def _at(report: Report, column: str) -> float | None:
         else report.get("section", column)
     )
     return None if score is None else score.accuracy
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"

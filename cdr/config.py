@@ -214,7 +214,7 @@ class TrackingSpec(Spec):
     enabled: bool = Field(True, description="False: no MLflow run.")
 
 
-class ReportSpec(Spec):
+class PageSpec(Spec):
     """The HTML page about a run, in the warehouse's `reports/` and with the MLflow run."""
 
     enabled: bool = Field(True, description="False: no page.")
@@ -223,6 +223,11 @@ class ReportSpec(Spec):
         description="Show prompts and completions of a few pairs. False: ids and numbers only, for "
         "sensitive data.",
     )
+
+
+class ReportSpec(PageSpec):
+    """The HTML page about a run, in the warehouse's `reports/` and with the MLflow run."""
+
     pairs_per_domain: int = Field(
         10, ge=0, le=50, description="Pairs to read per domain, drawn by hash of the prompt."
     )

@@ -35,6 +35,7 @@ from cdr.errors import ConfigError, InputError, SetupError, Stopped
 from cdr.evaluation_config import (
     ONE_SECTION,
     EvaluateConfig,
+    EvaluateReportSpec,
     EvaluateTrackingSpec,
     PairColumnsSpec,
     PairsInputSpec,
@@ -352,6 +353,8 @@ class PolicyComparison:
             statistics=config.statistics,
             run=config.scoring,
             tracking=EvaluateTrackingSpec(**config.tracking.model_dump()),
+            # Its pairs have no label: "chosen" is our policy's answer.
+            report=EvaluateReportSpec(enabled=False),
         )
 
     def compared(self, evaluated: Mapping[str, EvaluationPlan]) -> dict[str, Compared]:

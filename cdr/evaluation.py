@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyspark.sql import DataFrame
@@ -26,7 +27,10 @@ from cdr.comparison import (
 from cdr.evaluation_config import EvaluateConfig
 from cdr.evaluation_plan import EvaluationPlan
 from cdr.job_run import Share
+from cdr.report.build import report_evaluation
+from cdr.report.evaluation import EvaluatedRun
 from cdr.reward_config import RewardSpec
+from cdr.runs import RunRecord
 from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
 from cdr.tables import (
@@ -50,11 +54,15 @@ class Evaluated:
         plan: what was asked.
         judged: `JUDGED_COLUMNS`, one row per pair.
         report: what came out.
+        record: its row of `runs`, with outcome and counts.
+        tracker: its MLflow run, ended by now.
     """
 
     plan: EvaluationPlan
     judged: Judged
     report: Report
+    record: RunRecord
+    tracker: RunTracker
 
 
 class EvaluationRun(ScoringRun):
@@ -136,7 +144,10 @@ class EvaluationRun(ScoringRun):
         self._warn_of_mixed_versions()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")
-        return Evaluated(plan, judged, report)
+        record = replace(
+            self._log.record, outcome=self._outcome, error=self._problem, counts=self._counts
+        )
+        return Evaluated(plan, judged, report, record, self._tracker)
 
     def _write(self, report: Report) -> None:
         plan = self._plan
@@ -230,6 +241,32 @@ def summarize_rows(done: list[Evaluated], warehouse: Warehouse) -> str:
             lost = None if oracle is None else compare_evaluated(row, oracle)
             blocks.append(audit_router(row.judged, row.report, row.plan.oracle, lost))
     return "\n\n".join(blocks)
+
+
+def report_rows(done: Sequence[Evaluated], warehouse: Warehouse) -> str | None:
+    """Build the page of several rewards of one job, side by side, and keep it with each MLflow run.
+
+    Args:
+        done: the evaluated rows, in order; at least one.
+        warehouse: where their tables are.
+
+    Returns:
+        Where the page is; None without one: it is switched off, or a warning says why.
+    """
+    if not done[0].plan.config.report.enabled:
+        return None
+
+    def keep(page: str) -> None:
+        for row in done:
+            row.tracker.log_page(page, "report.html")
+
+    runs = [
+        EvaluatedRun(
+            row.record, row.plan.own_config(), row.judged, row.report, row.plan.annotation.reward
+        )
+        for row in done
+    ]
+    return report_evaluation(runs, warehouse, ui_command=done[0].tracker.ui_command(), keep=keep)
 
 
 def _oracle_of(router: Evaluated, done: list[Evaluated]) -> Evaluated | None:

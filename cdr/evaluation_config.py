@@ -17,6 +17,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from cdr.config import (
     DatasetName,
+    PageSpec,
     RunSpec,
     SourceSpec,
     TablePlaces,
@@ -119,6 +120,15 @@ class EvaluateTrackingSpec(TrackingSpec):
     experiment: str = Field("cdr-evaluate", description="MLflow experiment.")
 
 
+class EvaluateReportSpec(PageSpec):
+    """The HTML page about a job's rows, in the warehouse's `reports/` and with each MLflow run."""
+
+    pairs_per_section: int = Field(
+        3, ge=0, le=50,
+        description="Pairs to read per section: the surest wins, and as many of the surest losses.",
+    )  # fmt: skip
+
+
 class EvaluateConfig(Spec):
     """One evaluation: which labelled pairs, which reward or rows of rewards, where to."""
 
@@ -147,6 +157,7 @@ class EvaluateConfig(Spec):
     quick: QuickSpec = QuickSpec()
     run: RunSpec = RunSpec()
     tracking: EvaluateTrackingSpec = EvaluateTrackingSpec()
+    report: EvaluateReportSpec = EvaluateReportSpec()
 
     @model_validator(mode="after")
     def _rows_are_rewards(self) -> Self:

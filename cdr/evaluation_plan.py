@@ -12,7 +12,7 @@ from typing import Literal
 
 from cdr.config import AnnotateConfig, ColumnsSpec, InputSpec, content_hash
 from cdr.errors import ConfigError
-from cdr.evaluation_config import EvaluateConfig
+from cdr.evaluation_config import EvaluateConfig, RowSpec
 from cdr.plan import AnnotationPlan, plan_annotation
 
 CHOSEN, REJECTED = "a", "b"
@@ -67,12 +67,21 @@ class EvaluationPlan:
         row = self.config.rows.get(self.name)
         return row.printed if row else {}
 
+    def own_config(self) -> EvaluateConfig:
+        """Give the config of this row alone: its reward is the row's, nothing is left to change."""
+        row = self.config.rows.get(self.name)
+        return self.config.model_copy(
+            update={
+                "rows": {self.name: RowSpec(title=row.title, printed=row.printed)} if row else {},
+                "reward": self.annotation.config.reward,
+                "oracle": dict(self.oracle),
+            }
+        )
+
     def recorded(self) -> dict[str, object]:
         """Give the config of this row alone, JSON-able, for `runs` and MLflow."""
-        config = self.config.model_dump(mode="json", exclude={"rows", "reward"})
-        reward = self.annotation.config.reward.model_dump(mode="json")
         sample = None if self.sample is None else vars(self.sample)
-        return {**config, "reward": reward, "oracle": dict(self.oracle), "sample": sample}
+        return {**self.own_config().model_dump(mode="json"), "sample": sample}
 
 
 def make_sample(config: EvaluateConfig, *, limit: int | None, quick: bool) -> Sample | None:

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-_PERCENTAGE = re.compile(r"-?[\d.]+%")
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?((–| to )[-+]?[\d.,]+%?)?")
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lay out a table in columns: numbers and percentages to the right, None as `-`.
+    """Lay out a table in columns: numbers, also as text, and ranges to the right, None as `-`.
 
     Args:
         header: a name per column.
@@ -44,7 +44,7 @@ def format_bytes(number: float) -> str:
 
 def _is_number(value: object) -> bool:
     if isinstance(value, str):
-        return _PERCENTAGE.fullmatch(value) is not None
+        return _NUMBER.fullmatch(value) is not None
     return value is None or isinstance(value, int | float)
 
 

@@ -5,9 +5,9 @@ r"""Evaluate a reward on labelled pairs: RewardBench, or any table of prompt, ch
 
 Scores both answers of each pair through the same stages and the same store of log-probs as
 annotating does, and prints accuracies per section with intervals, what length alone would reach,
-and what was left out and why. Writes the Delta tables benchmark_results and benchmark_pairs, and an
-MLflow run with figures. A config with rows evaluates each of them and compares them. Run it again
-to go on after an interruption: only what is missing is scored.
+and what was left out and why. Writes the Delta tables benchmark_results and benchmark_pairs, an
+MLflow run with figures, and one report page. A config with rows evaluates each of them and compares
+them. Run it again to go on after an interruption: only what is missing is scored.
 
 --quick answers one question before you annotate: does this pair of models see the difference?
 """
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cdr.cli import FAILED, OK, STOPPED, end, make_wave_parser, overrides, run_job
-from cdr.evaluation import Evaluated, EvaluationRun, compare_stored, summarize_rows
+from cdr.evaluation import Evaluated, EvaluationRun, compare_stored, report_rows, summarize_rows
 from cdr.evaluation_plan import EvaluationPlan, dataset_name, make_sample, plan_evaluation
 from cdr.labelled_pairs import judge_pairs, load_pairs, split_pairs
 from cdr.placement import place
@@ -92,6 +92,8 @@ def evaluate(plans: Sequence[EvaluationPlan], warehouse: Warehouse) -> int:
         if run.exit_code in (FAILED, STOPPED):
             return run.exit_code
     print(f"\n{summarize_rows(done, warehouse)}")
+    if page := report_rows(done, warehouse):
+        print(f"\nreport: {page}")
     return max(codes)
 
 

@@ -1,10 +1,11 @@
-r"""Build the report page of an annotate run from its tables; nothing is scored, no model is loaded.
+r"""Build the report page of a run from its tables; nothing is scored, no model is loaded.
 
     spark-submit --properties-file conf/cluster/local.conf \
         jobs/report.py --warehouse warehouse/demo
 
-An annotate run builds its page by itself. This builds it again: with or without texts, after an
-error, or for a run that had `report.enabled: false`. Prints where the page is.
+Annotate and evaluate runs build their page by themselves. This builds it again: with or without
+texts, after an error, for a run that had `report.enabled: false`, or with other evaluations of a
+benchmark side by side. Prints where the page is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 
 from cdr.cli import OK, end, run_job
-from cdr.report.build import rebuild_report
+from cdr.report.build import find_evaluations, rebuild_report
 from cdr.session import get_session
 
 
@@ -27,7 +28,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--warehouse", required=True, metavar="PLACE", help="folder or URI of the run's tables")
-    add("--run", metavar="ID", help="id of the run (default: the last one that finished)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--run", nargs="+", default=[], metavar="ID",
+        help="id of the run, or ids of evaluations of one benchmark, each a row of the page "
+        "(default: the last annotate run that finished)",
+    )  # fmt: skip
+    which.add_argument(
+        "--evaluation", nargs="?", const="", metavar="BENCHMARK",
+        help="all rewards evaluated on a benchmark, by its name in `dataset` (default: the one "
+        "evaluated last)",
+    )  # fmt: skip
     add("--runs", metavar="PLACE", help="place of the table runs, if the config put it elsewhere")
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument(
@@ -44,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
     spark = get_session("cdr report", warehouse=args.warehouse)
+    run_ids = args.run
+    if args.evaluation is not None:
+        run_ids = find_evaluations(spark, args.warehouse, args.evaluation or None, runs=args.runs)
     page = rebuild_report(
-        spark, args.warehouse, runs=args.runs, run_id=args.run, has_texts=args.texts
+        spark, args.warehouse, runs=args.runs, run_ids=run_ids, has_texts=args.texts
     )
     print(f"report: {page}")
     return OK

@@ -1,24 +1,27 @@
-"""A small report's data, made by hand: three domains, texts that try to break the page."""
+"""Small reports' data, made by hand: an annotate run of three domains, an evaluation of two rows.
+
+Texts and names try to break the page.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+
+from cdr.benchmark_report import JUDGED_COLUMNS, score_pairs
 from cdr.chat import Message
+from cdr.comparison import compare_judged
 from cdr.config import AnnotateConfig
-from cdr.report.data import (
-    DomainReport,
-    Histogram,
-    LengthEffect,
-    Lengths,
-    Piece,
-    ReportData,
-    ShownCandidate,
-    ShownPair,
-    TokenRow,
-)
+from cdr.evaluation_config import EvaluateConfig
+from cdr.report.annotation_data import AnnotationData, DomainReport, LengthEffect, Lengths
+from cdr.report.evaluation import EvaluatedRow, EvaluationData, SurestPairs, measure_margins
+from cdr.report.pairs import ShownCandidate, ShownPair
+from cdr.report.plots import Histogram
+from cdr.report.tokens import Piece, TokenRow
 from cdr.runs import RunRecord
 from cdr.summary import DomainSummary, Summary
 
@@ -134,7 +137,7 @@ def make_summary(names: tuple[str, ...], **changes: Any) -> Summary:
 
 def make_report(
     names: tuple[str, ...] = ("chat", "math_code", "safety"), *, texts: bool = True, **changes: Any
-) -> ReportData:
+) -> AnnotationData:
     """Make a report in which nothing looks wrong."""
     config = make_config(report={"texts": texts})
     record = RunRecord(
@@ -162,9 +165,124 @@ def make_report(
         "rebuild": "jobs/report.py --warehouse /data/warehouse --run 20260131T120000-1a2b3c",
         "preferences": "delta.`/data/warehouse/preferences`",
     }
-    return ReportData(**{**values, **changes})
+    return AnnotationData(**{**values, **changes})
 
 
-def with_summary(data: ReportData, **changes: Any) -> ReportData:
+def with_summary(data: AnnotationData, **changes: Any) -> AnnotationData:
     """Change numbers of the summary."""
     return dataclasses.replace(data, summary=dataclasses.replace(data.summary, **changes))
+
+
+# --- an evaluation -------------------------------------------------------------------------------
+
+SECTIONS = ("Chat", "Law & <b>order</b>", "Maths", "Absent")
+
+
+def make_judged(wins: dict[str, int], *, longer: bool = False, left_out: int = 0) -> pd.DataFrame:
+    """Fifty pairs per section; of them so many won, by margins of 0.1, 0.2, ... either way.
+
+    Args:
+        wins: by section.
+        longer: chosen is longer where the pair is won, and shorter where it is lost.
+        left_out: pairs of the first section that have no verdict, besides.
+    """
+    rows = []
+    for section, won in wins.items():
+        for number in range(50):
+            size = 0.1 * (1 + number)
+            difference = 20 if (number < won if longer else number % 2) else -20
+            rows.append(
+                {
+                    "prompt_id": f"{section}/{number:02d}",
+                    "section": section,
+                    "subset": f"{section}, part {number % 2}: $x",
+                    "domain": "chat" if number % 5 else "safety",
+                    "domain_source": "router",
+                    "margin": size if number < won else -size,
+                    "chosen_num_tokens": 60 + difference,
+                    "rejected_num_tokens": 60,
+                    "status": "ok",
+                    "reason": None,
+                }
+            )
+    empty = {"margin": None, "chosen_num_tokens": None, "rejected_num_tokens": None}
+    rows += [
+        {**rows[0], **empty, "prompt_id": f"out-{n}", "status": "rejected", "reason": "too_long"}
+        for n in range(left_out)
+    ]
+    return pd.DataFrame(rows, columns=list(JUDGED_COLUMNS))
+
+
+def make_evaluated(
+    title: str, judged: pd.DataFrame, *, texts: bool = True, **reward: Any
+) -> EvaluatedRow:
+    """Make a row; its run's id ends with its title's first letter."""
+    model = {"path": "stub-model", "engine": "stub"}
+    name = title.partition(" ")[0].lower()
+    tree = {
+        "dataset": "bench",
+        "warehouse": "/data/warehouse",
+        "input": {"path": "/data/pairs", "columns": {"section": "s", "subset": "t"}},
+        "reward": {
+            "name": name,
+            "models": {
+                "strong": {**model, "adapter": "s", "tuned_from": "weak"},
+                "weak": model,
+                "router": model,
+            },
+            "prompt_pack": "conf/prompts/cdr-v1.yaml",
+            **reward,
+        },
+        "rows": {name: {"title": title, "printed": {"Chat": 92.2}}},
+        "sections": list(SECTIONS),
+        "oracle": dict.fromkeys(SECTIONS, "chat"),
+        "report": {"texts": texts},
+    }
+    config = EvaluateConfig.model_validate(tree)
+    record = RunRecord(
+        run_id=f"20260131T120000-{name[0]}",
+        job="evaluate",
+        dataset="bench",
+        reward_name=name,
+        reward_key=name,
+        config_hash="h",
+        config="{}",
+        input_versions={},
+        outcome="done",
+        counts={"logprobs_asked": 400, "logprobs_scored": 300},
+        started_at=dt.datetime(2026, 1, 31, 12, tzinfo=dt.UTC),
+    )
+    report = score_pairs(judged, SECTIONS, resamples=200, seed=0)
+    sections = [name for name in report.length if name in SECTIONS]
+    return EvaluatedRow(
+        title=title,
+        run=record,
+        config=config,
+        report=report,
+        margins=measure_margins(judged, sections),
+        pairs={
+            section: SurestPairs(
+                wins=(make_pair(1, "chat", texts=texts),),
+                losses=(make_pair(2, "safety", margin=-4.5, texts=texts),),
+            )
+            for section in sections
+        },
+    )
+
+
+def make_evaluation(rows: Sequence[EvaluatedRow] | None = None, **changes: Any) -> EvaluationData:
+    """Make an evaluation of two rows: above, below and at chance; the second one is all length."""
+    a = make_judged({"Chat": 45, SECTIONS[1]: 10, "Maths": 26}, left_out=3)
+    b = make_judged({"Chat": 40, SECTIONS[1]: 45, "Maths": 45}, longer=True)
+    default = [make_evaluated("plain ratio", a), make_evaluated("CDR <i>router</i>", b)]
+    compared = compare_judged(
+        a, b, ("plain ratio", "CDR <i>router</i>"), sections=SECTIONS, resamples=200, seed=0
+    )
+    values: dict[str, Any] = {
+        "rows": tuple(default if rows is None else rows),
+        "comparisons": (compared,) if rows is None else (),
+        "rebuild": "jobs/report.py --warehouse /data/warehouse --run 20260131T120000-p",
+        "benchmark_pairs": "delta.`/data/warehouse/benchmark_pairs`",
+        "rewards": "delta.`/data/warehouse/rewards`",
+    }
+    return EvaluationData(**{**values, **changes})

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from cdr.chat import ChatEncoder
 from cdr.encoding import EncodingPlan, ids_hash
 from cdr.errors import RowRejected
-from cdr.report.data import Piece, TokenRow
 
 MAX_TOKENS = 300
 """Tokens of a completion shown one by one."""
@@ -21,6 +20,38 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 # A character has four bytes at most, and a token may hold the end of one and the start of the next;
 # a longer run is text that really does not decode.
 _MAX_JOINED = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a completion, or several that only together spell a character.
+
+    Args:
+        text: what they spell.
+        logprobs: log-prob by term, nats, in the order of the row's terms; summed over the tokens.
+        reward: weighted sum of `logprobs`, nats.
+    """
+
+    text: str
+    logprobs: tuple[float, ...]
+    reward: float
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A completion in the tokens that some of the terms share.
+
+    Args:
+        terms: names of these terms, `model/condition`; all of them where models share a tokenizer.
+        pieces: in order; long completions are cut.
+        rest: tokens left out at the end.
+        rest_reward: their weighted sum, nats.
+    """
+
+    terms: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    rest: int = 0
+    rest_reward: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,14 @@ def test_a_quick_evaluation_with_the_demo_models_says_what_it_found_and_keeps_it
         )
         assert everything["wins"] == sum(row["outcome"] == "win" for row in ours)
         assert everything["accuracy"] == everything["wins"] / 8
-    for text in ("longer wins", "router audit", "McNemar", "not above chance", "left out: 0"):
+    for text in (
+        "longer wins",
+        "router audit",
+        "McNemar",
+        "not above chance",
+        "left out: 0",
+        "report: ",
+    ):
         assert text in output
 
     client = MlflowClient(tracking_uri=f"sqlite:///{warehouse}/mlflow.db")
@@ -85,6 +92,7 @@ def test_a_quick_evaluation_with_the_demo_models_says_what_it_found_and_keeps_it
         assert "accuracy/overall/mean of sections" in found.data.metrics
         files = {file.path for file in client.list_artifacts(found.info.run_id)}
         assert {"accuracy.png", "length.png", "routing.png", "summary.json", "config.yaml"} <= files
+        assert "report.html" in files
 
 
 def test_help_teaches() -> None:

@@ -1,4 +1,4 @@
-"""The report page in a real browser: what is seen, and that nothing of it runs or goes out."""
+"""The report pages in a real browser: what is seen, and that nothing of it runs or goes out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cdr.report.page import render_page
+from cdr.report.annotation_page import render_annotation
+from cdr.report.evaluation_page import render_evaluation
 from tests.browser import Browser, find_browser, run_browser
-from tests.report_data import SCRIPT, make_report
+from tests.report_data import SCRIPT, make_evaluation, make_report
 
 # The relative luminance and contrast of WCAG 2, of every element that holds text of its own.
 FAINTEST = """(() => {
@@ -46,18 +47,40 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(render_page(make_report()), encoding="utf-8")
-    return path
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The page of an annotate run and that of an evaluation."""
+    folder = tmp_path_factory.mktemp("report")
+    written = {
+        "annotation": render_annotation(make_report()),
+        "evaluation": render_evaluation(make_evaluation()),
+    }
+    for name, text in written.items():
+        (folder / f"{name}.html").write_text(text, encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in written}
 
 
-def test_the_page_shows_its_parts_and_stays_alone(browser: Browser, page: Path) -> None:
+@pytest.fixture(params=["annotation", "evaluation"])
+def page(pages: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    """Each page in turn."""
+    return pages[request.param]
+
+
+def test_a_page_stays_alone(browser: Browser, page: Path) -> None:
     browser.look(width=1200)
     browser.open(page)
     assert browser.complaints() == []
     assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
+    ids = browser.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
 
+
+PLOTS = """[...document.querySelectorAll('svg')].map(s => [s.getAttribute('aria-label'),
+  s.getBoundingClientRect().height, s.querySelectorAll('path').length])"""
+
+
+def test_an_annotate_runs_page_shows_its_parts(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.look(width=1200)
+    browser.open(pages["annotation"])
     seen = browser.evaluate("document.body.innerText")
     for text in ("Nothing looks wrong", "math_code", "Asked", "Least sure pairs", "300 tokens/s"):
         assert text in seen
@@ -70,14 +93,30 @@ def test_the_page_shows_its_parts_and_stays_alone(browser: Browser, page: Path) 
         "What next",
     ]
     # Four plots for each of three domains, each drawn and described.
-    plots = browser.evaluate(
-        "[...document.querySelectorAll('svg')].map(s => [s.getAttribute('aria-label'),"
-        " s.getBoundingClientRect().height, s.querySelectorAll('path').length])"
-    )
+    plots = browser.evaluate(PLOTS)
     assert len(plots) == 12
     assert all(label and height > 80 and paths > 5 for label, height, paths in plots)
-    ids = browser.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
-    assert len(ids) == len(set(ids))
+
+
+def test_an_evaluations_page_shows_its_parts(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.look(width=1200)
+    browser.open(pages["evaluation"])
+    seen = browser.evaluate("document.body.innerText")
+    for text in ("Below chance", "may be length", "too_long", "McNemar", "Chat: surest losses"):
+        assert text in seen
+    headings = browser.evaluate("[...document.querySelectorAll('h2')].map(h => h.innerText)")
+    assert headings[1:] == [
+        "What was asked, and what came",
+        "Rows side by side",
+        "Differences from the first row",
+        "plain ratio",
+        "CDR <i>router</i>",
+        "What next",
+    ]
+    # Three sections: rows against each other, and of each row accuracy, lengths, three of margins.
+    plots = browser.evaluate(PLOTS)
+    assert len(plots) == 3 + 2 * 5
+    assert all(label and height > 60 and paths > 5 for label, height, paths in plots)
 
 
 def test_a_script_in_a_completion_is_text(browser: Browser, page: Path) -> None:
@@ -85,7 +124,8 @@ def test_a_script_in_a_completion_is_text(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert SCRIPT in browser.evaluate("document.body.innerText")
-    assert browser.evaluate("document.title") == "Annotation of toy by toy-reward"
+    titles = ("Annotation of toy by toy-reward", "Evaluation on bench")
+    assert browser.evaluate("document.title") in titles
     assert browser.evaluate("document.querySelectorAll('script, img, iframe, object').length") == 0
 
 

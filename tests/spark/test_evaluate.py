@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import yaml
 from pyspark.sql import SparkSession
 
 from cdr.comparison import load_judged
-from cdr.errors import InputError
+from cdr.errors import InputError, TableError
 from cdr.evaluation_config import EvaluateConfig
 from cdr.evaluation_plan import EvaluationPlan, make_sample, plan_evaluation
 from cdr.labelled_pairs import load_pairs, split_pairs
@@ -23,6 +25,7 @@ from cdr.scoring_run import make_context
 from cdr.tables import BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REJECTS, REWARDS, RUNS, Table
 from cdr.warehouse import Warehouse
 from jobs.evaluate import dry_run, evaluate, main
+from jobs.report import main as report
 from tests.tokenizers import make_smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +76,7 @@ def make_config(
             "run": {"max_rejected_fraction": 1},
             "statistics": {"resamples": 200},
             "tracking": {"enabled": False},
+            "report": {"enabled": False},
             **changes,
         }
     )
@@ -99,13 +103,22 @@ PLAIN = {"change": {"routing": {"mode": "none"}}}
 
 @dataclass(frozen=True)
 class Done:
-    """An evaluation of a reward and its oracle, the first of them done twice; tables after each."""
+    """An evaluation of a reward and its oracle, the first of them done twice; tables after each.
+
+    The page is the first job's, which shows both.
+    """
 
     config: EvaluateConfig
     plans: list[EvaluationPlan]
     warehouse: Warehouse
     tables: list[dict[str, list[dict[str, Any]]]]
     output: str
+    page: Path
+
+    @property
+    def run_ids(self) -> list[str]:
+        """Of the reward, of its oracle, and of the reward again."""
+        return sorted(row["run_id"] for row in self.tables[1]["runs"])
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +132,11 @@ def done(
 
     rows = [*GOOD, *(row for row, _ in BAD.values())]
     config = make_config(
-        tmp_path_factory.mktemp("run"), tokenizer, rows, REWARDBENCH, rows={"cdr": {}}
-    )
+        tmp_path_factory.mktemp("run"), tokenizer, rows, REWARDBENCH,
+        rows={"cdr": {"title": "CDR, router", "printed": {"Chat": 92.2}}},
+        run={"max_rejected_fraction": 1, "store_token_logprobs": True},
+        report={"pairs_per_section": 1},
+    )  # fmt: skip
     plans = plan_evaluation(config, with_oracle=True)
     warehouse = Warehouse(spark, config.warehouse)
     tables, printed = [], io.StringIO()
@@ -129,7 +145,8 @@ def done(
             assert evaluate(todo, warehouse) == 0
             found = (BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REWARDS, REJECTS, RUNS)
             tables.append({table.name: collect(warehouse, table) for table in found})
-    return Done(config, plans, warehouse, tables, printed.getvalue())
+    (page,) = Path(config.warehouse, "reports").glob("*-and-1-more.html")
+    return Done(config, plans, warehouse, tables, printed.getvalue(), page)
 
 
 def test_every_pair_comes_back_under_every_reward_with_a_verdict_or_a_reason(done: Done) -> None:
@@ -202,7 +219,7 @@ def test_the_oracle_gives_each_section_its_domain(done: Done) -> None:
     assert domains == {"Chat": "chat", "Safety": "safety", "Reasoning": "math_code"}
     assert "router audit" in done.output
     assert "accuracy lost against the oracle" in done.output
-    assert "A = cdr\nB = cdr.oracle" in done.output
+    assert "A = CDR, router\nB = cdr.oracle" in done.output
 
 
 def test_rewards_share_the_store_and_a_second_run_scores_nothing(done: Done) -> None:
@@ -262,6 +279,67 @@ def test_compare_prints_what_is_stored_and_scores_nothing(
     assert "A = cdr\nB = cdr.oracle" in text
     assert f"{len(GOOD)}" in next(line for line in text.splitlines() if "all pairs" in line)
     assert len(collect(done.warehouse, RUNS)) == 3
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def test_the_page_shows_both_rows_and_the_surest_pairs_of_each(done: Done) -> None:
+    assert f"report: {done.page}\n" in done.output
+    assert done.page.name == f"{done.run_ids[0]}-and-1-more.html"
+    page = done.page.read_text(encoding="utf-8")
+    titles = [html.unescape(title) for title in re.findall(r'<h2 id="row-\d">(.*?)</h2>', page)]
+    assert titles == ["CDR, router", "cdr.oracle"]
+    rows = re.split(r'<h2 id="row-\d">', page)[1:]
+    for shown, run_id in zip(rows, done.run_ids, strict=False):
+        ours = [row for row in done.tables[0]["benchmark_pairs"] if row["run_id"] == run_id]
+        for section in ("Chat", "Safety", "Reasoning"):
+            margins = {
+                row["prompt_id"]: row["margin"]
+                for row in ours
+                if row["section"] == section and row["status"] == "ok"
+            }
+            for kind, extreme in (
+                ("wins", max(margins.values())),
+                ("losses", min(margins.values())),
+            ):
+                is_one = extreme > 0 if kind == "wins" else extreme < 0
+                heading = f"<h4>{section}: surest {kind}</h4>"
+                assert (heading in shown) == is_one
+                if is_one:
+                    (first,) = [name for name, margin in margins.items() if margin == extreme]
+                    text = shown.partition(heading)[2]
+                    assert re.findall(r"prompt <code>(.*?)</code>", text)[0] == first
+    # Every reason and every answer's tokens: colours stand where log-probs of tokens were kept.
+    for _, reason in BAD.values():
+        assert f'<th scope="row">{reason}</th>' in page
+    assert "without colours" not in page
+    assert re.search(r'<i class="[pn]\d" title="[+−]', page)
+    assert "(92.2)" in page
+
+
+def test_the_page_is_built_again_from_the_tables(
+    done: Done, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, (first, oracle, again) = done.config.warehouse, done.run_ids
+    single = Path(root, "reports", f"{again}.html")
+    made = single.read_text(encoding="utf-8")
+    assert report(["--warehouse", root, "--run", again]) == 0
+    assert single.read_text(encoding="utf-8") == made, "as the run itself has made it"
+
+    # The last run of each reward, in the order they began.
+    assert report(["--warehouse", root, "--evaluation", "--without-texts"]) == 0
+    path = Path(root, "reports", f"{oracle}-and-1-more.html")
+    assert f"report: {path}" in capsys.readouterr().out
+    bare = path.read_text(encoding="utf-8")
+    assert bare.index("cdr.oracle</h2>") < bare.index("CDR, router</h2>")
+    assert "Question" not in bare
+    assert "council" not in bare
+
+    with pytest.raises(TableError, match=f"'{first}' has no rows in 'benchmark_pairs'"):
+        report(["--warehouse", root, "--run", first, oracle])
+    with pytest.raises(TableError, match="benchmarks evaluated here: bench"):
+        report(["--warehouse", root, "--evaluation", "other"])
 
 
 # --- reading pairs, without scoring ------------------------------------------------------------

@@ -22,9 +22,11 @@ from cdr.config import ReportSpec
 from cdr.errors import TableError
 from cdr.plan import AnnotationPlan
 from cdr.report import build
+from cdr.report.annotation_data import AnnotationData
+from cdr.report.annotation_gather import RunRows, gather_annotation
 from cdr.report.build import rebuild_report, report_command, write_page
-from cdr.report.data import ReportData, ShownCandidate, TokenRow
-from cdr.report.gather import RunRows, gather_report
+from cdr.report.pairs import ShownCandidate
+from cdr.report.tokens import TokenRow
 from cdr.runs import RunRecord
 from cdr.summary import summarize
 from cdr.tables import PREFERENCES, REJECTS, REWARDS, RUNS, UNPAIRED, Table
@@ -69,7 +71,7 @@ class Run:
     warehouse: Warehouse
     printed: str
     page: str
-    data: ReportData
+    data: AnnotationData
 
     @property
     def run_id(self) -> str:
@@ -113,7 +115,9 @@ def run(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Run:
     )  # fmt: skip
     rows = RunRows(frames[REWARDS], frames[PREFERENCES], frames[REJECTS])
     record = RunRecord(**row)
-    data = gather_report(rows, warehouse, plan.config, record, summary, plan, rebuild="again")
+    data = gather_annotation(
+        rows, warehouse, plan.config, record, summary, plan.reward, rebuild="again"
+    )
     return Run(plan, warehouse, printed.getvalue(), path.read_text(encoding="utf-8"), data)
 
 
@@ -256,7 +260,7 @@ def test_without_kept_tokens_or_models_the_page_says_why(run: Run) -> None:
     changed = run.plan.config.model_copy(update={"report": ReportSpec()})
     frames = {t: run.warehouse.read(t) for t in (REWARDS, PREFERENCES, REJECTS)}
     rows = RunRows(frames[REWARDS], frames[PREFERENCES], frames[REJECTS])
-    data = gather_report(
+    data = gather_annotation(
         rows, run.warehouse, changed, run.data.run, run.data.summary, None, rebuild="again"
     )
     assert data.tokens_missing is not None
@@ -276,7 +280,7 @@ def test_a_page_that_fails_costs_the_run_nothing_and_a_later_run_replaces_the_ro
     def refuse(_: object) -> str:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(build, "render_page", refuse)
+    monkeypatch.setattr(build, "render_annotation", refuse)
     assert annotate(run.plan, run.warehouse) == 0
     captured = capsys.readouterr()
     (later,) = {row["run_id"] for row in collect(run.warehouse, REWARDS)}
@@ -288,9 +292,11 @@ def test_a_page_that_fails_costs_the_run_nothing_and_a_later_run_replaces_the_ro
     assert outcomes[later] == "done"
 
     with pytest.raises(TableError, match=f"has replaced them; runs with rows: {later}"):
-        rebuild_report(spark, run.plan.config.warehouse, run_id=run.run_id)
-    with pytest.raises(TableError, match=f"no annotate run 'x' .*: {later}, {run.run_id}"):
-        rebuild_report(spark, run.plan.config.warehouse, run_id="x")
+        rebuild_report(spark, run.plan.config.warehouse, run_ids=[run.run_id])
+    with pytest.raises(
+        TableError, match=f"no annotate or evaluate run 'x' .*: {later}, {run.run_id}"
+    ):
+        rebuild_report(spark, run.plan.config.warehouse, run_ids=["x"])
 
 
 def test_a_page_goes_into_the_file_system_that_holds_the_tables(
@@ -299,6 +305,6 @@ def test_a_page_goes_into_the_file_system_that_holds_the_tables(
     # One that is no local folder to Python; Hadoop looks up where it is mounted.
     spark._jsc.hadoopConfiguration().set("fs.viewfs.mounttable.t.link./data", tmp_path.as_uri())
     page = "<p>naïve 🦊</p>\n" * 1000
-    place = write_page(Warehouse(spark, "viewfs://t/data"), "run-1", page)
+    place = write_page(Warehouse(spark, "viewfs://t/data"), ["run-1"], page)
     assert place == "viewfs://t/data/reports/run-1.html"
     assert (tmp_path / "reports/run-1.html").read_text(encoding="utf-8") == page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,25 @@ def test_the_oracle_of_a_router_is_added_behind_it(stubs: dict[str, Any]) -> Non
     modes = [plan.annotation.config.reward.routing.mode for plan in plans]
     assert modes == ["none", "adaptive", "column"]
     assert len({plan.annotation.reward.key for plan in plans}) == 3
+
+
+def test_what_is_recorded_of_a_row_is_a_config_of_it_alone(stubs: dict[str, Any]) -> None:
+    row = {
+        "title": "Mean", "printed": {"Chat": 92.2}, "oracle": dict.fromkeys(SECTIONS, "chat_hard"),
+        "change": {"reduction": "mean", "routing": {"mode": "column"}},
+    }  # fmt: skip
+    config = EvaluateConfig.model_validate(
+        tree(reward=stubs, rows={"plain": {}, "mean": row}, sections=SECTIONS)
+    )
+    plan = plan_evaluation(config)[1]
+    recorded = json.loads(json.dumps(plan.recorded()))
+    assert recorded.pop("sample") is None
+    again = EvaluateConfig.model_validate(recorded)
+    assert again.reward == plan.annotation.config.reward == again.reward_of("mean")
+    assert list(again.rows) == ["mean"]
+    (planned,) = plan_evaluation(again)
+    assert (planned.title, planned.printed) == ("Mean", {"Chat": 92.2})
+    assert planned.annotation.reward.key == plan.annotation.reward.key
 
 
 def test_an_oracle_that_is_a_row_already_is_not_added(stubs: dict[str, Any]) -> None:

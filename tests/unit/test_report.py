@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from cdr.chat import ChatEncoder
 from cdr.config import AnnotateConfig, ReportSpec
 from cdr.encoding import EncodingPlan, TokenizerSpec, ids_hash
-from cdr.report.data import Histogram, LengthEffect, Lengths, Piece, TokenRow
-from cdr.report.page import render_page
-from cdr.report.plots import draw_histogram
-from cdr.report.tokens import MAX_TOKENS, ScoredTerm, TokenReader, split_text
-from cdr.report.verdict import Level, judge
+from cdr.report.annotation_data import LengthEffect, Lengths
+from cdr.report.annotation_page import render_annotation
+from cdr.report.annotation_verdict import judge
+from cdr.report.plots import Histogram, draw_histogram
+from cdr.report.tokens import MAX_TOKENS, Piece, ScoredTerm, TokenReader, TokenRow, split_text
+from cdr.report.verdict import Level
 from tests.report_data import (
     IMAGE,
     SCRIPT,
@@ -53,7 +54,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> Reader:
-    return Reader(render_page(make_report()))
+    return Reader(render_annotation(make_report()))
 
 
 def test_texts_are_shown_and_never_run(page: Reader) -> None:
@@ -108,7 +109,7 @@ def test_a_token_has_its_number_beside_its_colour(page: Reader) -> None:
 
 
 def test_without_texts_no_text_is_there() -> None:
-    text = Reader(render_page(make_report(texts=False))).text
+    text = Reader(render_annotation(make_report(texts=False))).text
     for word in ("Question", "Sure", "Nope", "example.com"):
         assert word not in text
     assert "report.texts: false" in text
@@ -126,7 +127,7 @@ def test_missing_tokens_are_explained_and_texts_stand_alone() -> None:
     data = make_report(
         ("chat",), pairs={"chat": (bare,)}, unsure_pairs=(), tokens_missing="Not kept, set KEY."
     )
-    page = Reader(render_page(data))
+    page = Reader(render_annotation(data))
     assert "Not kept, set KEY." in page.text
     assert bare.chosen.text is not None
     assert bare.chosen.text in page.text
@@ -142,7 +143,7 @@ def test_models_with_tokens_of_their_own_are_shown_each() -> None:
         TokenRow(("weak/conditioned",), (Piece("Hello", (-4.0,), 4.0),), rest=7, rest_reward=1.5),
     )
     shown = dataclasses.replace(pair, chosen=dataclasses.replace(pair.chosen, tokens=rows))
-    text = Reader(render_page(make_report(("chat",), pairs={"chat": (shown,)}))).text
+    text = Reader(render_annotation(make_report(("chat",), pairs={"chat": (shown,)}))).text
     assert "In the tokens of strong:" in text
     assert "In the tokens of weak:" in text
     assert "… and 7 more tokens: +1.50 nats" in text
@@ -150,7 +151,7 @@ def test_models_with_tokens_of_their_own_are_shown_each() -> None:
 
 def test_an_empty_run_has_a_page_too() -> None:
     data = with_summary(make_report((), pairs={}, unsure_pairs=()), domains={}, pairs=0, ok=0)
-    assert "There is no pair." in Reader(render_page(data)).text
+    assert "There is no pair." in Reader(render_annotation(data)).text
 
 
 def test_domains_without_a_router_or_beyond_the_pages_number_have_their_row() -> None:
@@ -158,13 +159,13 @@ def test_domains_without_a_router_or_beyond_the_pages_number_have_their_row() ->
     quiet = make_domain(confidence=None, unsure=0, routed=0)
     data = make_report(names, domains={"chat": quiet}, hidden=("safety",))
     data = dataclasses.replace(data, pairs={"chat": data.pairs["chat"]})
-    html = render_page(data)
+    html = render_annotation(data)
     for name in names:
         assert f'<th scope="row">{name}</th>' in html
 
 
 def test_the_same_numbers_give_the_same_bytes() -> None:
-    assert render_page(make_report()) == render_page(make_report())
+    assert render_annotation(make_report()) == render_annotation(make_report())
     svg = draw_histogram(
         Histogram(0.0, 1.0, (1, 2)), axis="x", rows="y", key="k", label='a "<b>" label'
     )

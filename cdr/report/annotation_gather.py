@@ -7,35 +7,29 @@ rows are, and a page quotes a few dozen pairs, the same ones every time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 from pyspark.sql import Column, DataFrame, Row, Window
 from pyspark.sql import functions as F
 
-from cdr.chat import Message
 from cdr.config import AnnotateConfig
-from cdr.plan import AnnotationPlan
-from cdr.report.data import (
+from cdr.plan import RewardPlan
+from cdr.report.annotation_data import (
     NO_EFFECT,
     SMALL_MARGIN,
     UNSURE,
+    AnnotationData,
     DomainReport,
-    Histogram,
     LengthEffect,
     Lengths,
-    ReportData,
-    ShownCandidate,
-    ShownPair,
-    TokenRow,
-    term_weights,
 )
-from cdr.report.tokens import ScoredTerm, TokenReader
+from cdr.report.pairs import PairIds, read_pairs
+from cdr.report.plots import Histogram
 from cdr.runs import RunRecord
 from cdr.summary import Summary
-from cdr.tables import LOGPROBS, PREFERENCES
+from cdr.tables import PREFERENCES
 from cdr.warehouse import Warehouse
 
 MAX_DOMAINS = 12
@@ -44,9 +38,6 @@ _BINS = 30
 _CONFIDENCE_BINS = 20
 _SCATTER = 200  # pairs per domain
 _SEED = "report"
-
-Side = tuple[str, str]
-"""(prompt_id, completion_id) of a candidate."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +55,17 @@ class RunRows:
     rejects: DataFrame
 
 
-def gather_report(
+def gather_annotation(
     rows: RunRows,
     warehouse: Warehouse,
     config: AnnotateConfig,
     record: RunRecord,
     summary: Summary,
-    plan: AnnotationPlan | None,
+    plan: RewardPlan | None,
     *,
     rebuild: str,
     ui_command: str | None = None,
-) -> ReportData:
+) -> AnnotationData:
     """Read all that a page shows.
 
     Args:
@@ -91,22 +82,28 @@ def gather_report(
     shown, hidden = by_size[:MAX_DOMAINS], by_size[MAX_DOMAINS:]
     sample, least_sure = _read_pairs(rows.pairs, config.report.pairs_per_domain)
     to_read = [row for row in sample if row["nth"] <= config.report.pairs_per_domain]
-    candidates = _read_candidates(rows.rewards, [*to_read, *least_sure])
-    shower = _PairShower(config, candidates, plan, _read_scored(candidates, warehouse))
+    read = read_pairs(
+        [_ids(row) for row in (*to_read, *least_sure)],
+        rows.rewards,
+        warehouse,
+        config.reward,
+        plan,
+        has_texts=config.report.texts,
+    )
     pairs = {
-        domain: tuple(shower.show(row) for row in to_read if row["domain"] == domain)
+        domain: tuple(read.pairs[_ids(row)] for row in to_read if row["domain"] == domain)
         for domain in shown
     }
-    return ReportData(
+    return AnnotationData(
         run=record,
         config=config,
         summary=summary,
-        engine_versions=_engine_versions(candidates, warehouse),
+        engine_versions=read.engine_versions,
         domains=_domain_reports(rows, summary, by_size, sample, config.reward.reduction == "mean"),
         hidden=tuple(hidden),
         pairs=pairs,
-        unsure_pairs=tuple(shower.show(row) for row in least_sure),
-        tokens_missing=shower.tokens_missing(),
+        unsure_pairs=tuple(read.pairs[_ids(row)] for row in least_sure),
+        tokens_missing=read.tokens_missing,
         rebuild=rebuild,
         preferences=warehouse.sql_name(PREFERENCES),
         ui_command=ui_command,
@@ -259,10 +256,7 @@ def _bounds(
 
 
 def _read_pairs(pairs: DataFrame, per_domain: int) -> tuple[list[Row], list[Row]]:
-    """Draw pairs of every domain by hash, numbered from 1 as `nth`; and the least sure pairs.
-
-    Texts come with the first `per_domain` alone.
-    """
+    """Draw pairs of every domain by hash, numbered from 1 as `nth`; and the least sure pairs."""
     draw = F.sha2(F.concat_ws(":", F.lit(_SEED), "prompt_hash"), 256)
     narrow = (
         "prompt_id", "margin", "chosen_id", "rejected_id", "chosen_num_tokens",
@@ -272,19 +266,14 @@ def _read_pairs(pairs: DataFrame, per_domain: int) -> tuple[list[Row], list[Row]
         pairs.withColumn("domain", _domain())
         .withColumn("nth", F.row_number().over(Window.partitionBy("domain").orderBy(draw)))
         .where(F.col("nth") <= max(_SCATTER, per_domain))
-        .select(
-            "domain",
-            "nth",
-            *narrow,
-            F.when(F.col("nth") <= per_domain, F.col("prompt")).alias("prompt"),
-        )
+        .select("domain", "nth", *narrow)
     )
     unsure = (
-        pairs.select(_domain(), F.lit(None).cast("int").alias("nth"), *narrow, "prompt")
+        pairs.select(_domain(), F.lit(None).cast("int").alias("nth"), *narrow)
         .orderBy("margin", "prompt_id")
         .limit(UNSURE_PAIRS)
     )
-    # At most _SCATTER rows per domain, and a page's worth of texts.
+    # At most _SCATTER rows per domain, without texts.
     found = drawn.unionByName(unsure).collect()
     sample = [row for row in found if row["nth"] is not None]
     least_sure = [row for row in found if row["nth"] is None]
@@ -294,146 +283,5 @@ def _read_pairs(pairs: DataFrame, per_domain: int) -> tuple[list[Row], list[Row]
     )
 
 
-def _read_candidates(rewards: DataFrame, pairs: Sequence[Row]) -> dict[Side, Row]:
-    """Read the candidates of the pairs to be shown."""
-    wanted = {
-        (row["prompt_id"], row[side]) for row in pairs for side in ("chosen_id", "rejected_id")
-    }
-    if not wanted:
-        return {}
-    few = rewards.sparkSession.createDataFrame(
-        sorted(wanted), "prompt_id string, completion_id string"
-    )
-    found = rewards.join(F.broadcast(few), on=["prompt_id", "completion_id"], how="left_semi")
-    return {(row["prompt_id"], row["completion_id"]): row for row in found.collect()}
-
-
-@dataclass(frozen=True)
-class _Key:
-    """A log-prob's key."""
-
-    model_key: str
-    prefix_hash: bytes
-    completion_hash: bytes
-
-    @classmethod
-    def of(cls, term: Any) -> _Key:
-        return cls(term["model_key"], bytes(term["prefix_hash"]), bytes(term["completion_hash"]))
-
-
-def _read_scored(
-    candidates: Mapping[Side, Row], warehouse: Warehouse
-) -> dict[_Key, Sequence[float]]:
-    """Read the token log-probs behind candidates, where they were kept."""
-    keys = {_Key.of(term) for row in candidates.values() for term in row["terms"].values()}
-    if not keys:
-        return {}
-    few = warehouse.spark.createDataFrame(
-        [(k.model_key, bytearray(k.prefix_hash), bytearray(k.completion_hash)) for k in keys],
-        "model_key string, prefix_hash binary, completion_hash binary",
-    )
-    rows = (
-        warehouse.read(LOGPROBS)
-        .where(F.col("model_key").isin(sorted({key.model_key for key in keys})))
-        .where("token_logprobs IS NOT NULL")
-        .select(*LOGPROBS.key, "token_logprobs")
-        .join(F.broadcast(few), on=list(LOGPROBS.key), how="left_semi")
-    )
-    # A few per pair shown. Two runs at once may have written a key twice: either row is right.
-    return {_Key.of(row): row["token_logprobs"] for row in rows.collect()}
-
-
-def _engine_versions(candidates: Mapping[Side, Row], warehouse: Warehouse) -> tuple[str, ...]:
-    models = {term["model_key"] for row in candidates.values() for term in row["terms"].values()}
-    if not models:
-        return ()
-    rows = warehouse.read(LOGPROBS).where(F.col("model_key").isin(sorted(models)))
-    # One row per version.
-    return tuple(sorted(row[0] for row in rows.select("engine_version").distinct().collect()))
-
-
-class _PairShower:
-    """Makes pairs to read from their rows; notes why one could not be shown by token."""
-
-    def __init__(
-        self,
-        config: AnnotateConfig,
-        candidates: Mapping[Side, Row],
-        plan: AnnotationPlan | None,
-        scored: Mapping[_Key, Sequence[float]],
-    ) -> None:
-        self._config, self._candidates, self._scored = config, candidates, scored
-        self._has_texts = config.report.texts
-        self._weights = term_weights(config.reward)
-        self._reader: TokenReader | None = None
-        if plan is not None and self._has_texts and scored and config.reward.is_per_token:
-            models = {name: model_key for name, (model_key, _) in plan.reward.term_views().items()}
-            self._reader = TokenReader(plan.reward.encoding, models, self._weights)
-        self._without_models = plan is None
-        self._unlike = 0
-
-    def show(self, pair: Row) -> ShownPair:
-        """Make one pair."""
-        chosen = self._candidates[pair["prompt_id"], pair["chosen_id"]]
-        drawn = [chosen[name] for name in ("instruction_id", "exemplar_id") if chosen[name]]
-        prompt: tuple[Message, ...] | None = None
-        if self._has_texts:
-            prompt = tuple(
-                Message(role=turn["role"], content=turn["content"]) for turn in pair["prompt"]
-            )
-        return ShownPair(
-            prompt_id=pair["prompt_id"],
-            domain=pair["domain"],
-            confidence=chosen["domain_confidence"],
-            conditioned_by=", ".join(drawn) or None,
-            margin=pair["margin"],
-            prompt=prompt,
-            chosen=self._show_side(chosen),
-            rejected=self._show_side(self._candidates[pair["prompt_id"], pair["rejected_id"]]),
-        )
-
-    def tokens_missing(self) -> str | None:
-        """Say why completions are not shown token by token; None where they are, or no text is."""
-        if not self._has_texts or not self._candidates:
-            return None
-        if not self._config.reward.is_per_token:
-            return "This reward is one of whole completions, so they stand here without colours."
-        if not self._scored:
-            return (
-                "The log-probs of single tokens were not kept, so completions stand here without "
-                "colours. Set run.store_token_logprobs to true before scoring; what the store "
-                "holds already is not scored again, so try it with a new warehouse and --limit."
-            )
-        if self._without_models:
-            return (
-                "The tokenizers of the reward's models are not on this machine, so completions "
-                "stand here without colours. Build the page where the models are."
-            )
-        if self._unlike:
-            return (
-                f"{self._unlike} completions stand here without colours: for them the store holds "
-                "no log-probs of single tokens, or the tokenizers have changed since."
-            )
-        return None
-
-    def _show_side(self, row: Row) -> ShownCandidate:
-        terms = {name: row["terms"][name] for name in self._weights}
-        tokens: tuple[TokenRow, ...] = ()
-        if self._reader is not None:
-            found = {name: self._scored.get(_Key.of(term)) for name, term in terms.items()}
-            scored = {
-                name: ScoredTerm(bytes(terms[name]["completion_hash"]), logprobs)
-                for name, logprobs in found.items()
-                if logprobs is not None
-            }
-            if len(scored) == len(terms):
-                tokens = self._reader.read(row["completion"], row["finish_reason"], scored)
-            self._unlike += not tokens
-        return ShownCandidate(
-            completion_id=row["completion_id"],
-            text=row["completion"] if self._has_texts else None,
-            reward=row["reward"],
-            num_tokens=row["num_tokens"],
-            terms={name: term["logprob_sum"] for name, term in terms.items()},
-            tokens=tokens,
-        )
+def _ids(pair: Row) -> PairIds:
+    return pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]

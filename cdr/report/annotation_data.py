@@ -1,4 +1,4 @@
-"""What a report page shows, as plain values: filled from the tables, read by the page.
+"""What the page of an annotate run shows, as plain values filled from the tables.
 
 Plain frozen values, so that a page can be rendered, and tested, without Spark. Log-probs and
 rewards are in nats; with `reduction: mean` rewards and margins are nats per token.
@@ -9,31 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cdr.chat import Message
 from cdr.config import AnnotateConfig
-from cdr.reward_config import RewardSpec
+from cdr.report.pairs import ShownPair
+from cdr.report.plots import Histogram
+from cdr.report.reward_text import reward_unit
 from cdr.runs import RunRecord
 from cdr.summary import Summary
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts in bins of one width.
-
-    Args:
-        low: left edge of the first bin.
-        high: right edge of the last one.
-        counts: per bin, left to right; the first and the last also hold what lies beyond.
-    """
-
-    low: float
-    high: float
-    counts: tuple[int, ...]
-
-    @property
-    def width(self) -> float:
-        """Width of a bin."""
-        return (self.high - self.low) / len(self.counts)
 
 
 @dataclass(frozen=True)
@@ -134,86 +115,7 @@ SMALL_MARGIN = 1.0
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One token of a completion, or several that only together spell a character.
-
-    Args:
-        text: what they spell.
-        logprobs: log-prob by term, nats, in the order of the row's terms; summed over the tokens.
-        reward: weighted sum of `logprobs`, nats.
-    """
-
-    text: str
-    logprobs: tuple[float, ...]
-    reward: float
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """A completion in the tokens that some of the terms share.
-
-    Args:
-        terms: names of these terms, `model/condition`; all of them where models share a tokenizer.
-        pieces: in order; long completions are cut.
-        rest: tokens left out at the end.
-        rest_reward: their weighted sum, nats.
-    """
-
-    terms: tuple[str, ...]
-    pieces: tuple[Piece, ...]
-    rest: int = 0
-    rest_reward: float = 0.0
-
-
-@dataclass(frozen=True)
-class ShownCandidate:
-    """One side of a pair.
-
-    Args:
-        completion_id: the candidate's id.
-        text: what it says; None where texts are left out.
-        reward: its reward.
-        num_tokens: tokens of the first term's model.
-        terms: log-prob sum by term, nats.
-        tokens: one row where all terms share tokens, more where tokenizers differ; empty where
-            token log-probs were not kept.
-    """
-
-    completion_id: str
-    text: str | None
-    reward: float
-    num_tokens: int
-    terms: Mapping[str, float]
-    tokens: tuple[TokenRow, ...] = ()
-
-
-@dataclass(frozen=True)
-class ShownPair:
-    """A pair to read.
-
-    Args:
-        prompt_id: the prompt's id.
-        domain: its domain.
-        confidence: the router's; None without a router.
-        conditioned_by: ids of the instruction and exemplar drawn, as text; None for none.
-        margin: chosen − rejected.
-        prompt: its messages; None where texts are left out.
-        chosen: the preferred candidate.
-        rejected: the other one.
-    """
-
-    prompt_id: str
-    domain: str
-    confidence: float | None
-    conditioned_by: str | None
-    margin: float
-    prompt: tuple[Message, ...] | None
-    chosen: ShownCandidate
-    rejected: ShownCandidate
-
-
-@dataclass(frozen=True)
-class ReportData:
+class AnnotationData:
     """All that a page shows.
 
     Args:
@@ -248,28 +150,11 @@ class ReportData:
     """Rejected rows by (stage, reason)."""
 
     @property
-    def weights(self) -> dict[str, float]:
-        """Weight of each term in the reward, by `model/condition`."""
-        return term_weights(self.config.reward)
-
-    @property
     def unit(self) -> str:
         """Unit of rewards and margins."""
-        if self.config.reward.is_asked_by_api:
-            return "of −1 to 1"
-        return "nats per token" if self.config.reward.reduction == "mean" else "nats"
+        return reward_unit(self.config.reward)
 
     @property
     def effect(self) -> LengthEffect:
         """The effect of length over all domains."""
         return sum((domain.effect for domain in self.domains.values()), NO_EFFECT)
-
-
-def term_weights(reward: RewardSpec) -> dict[str, float]:
-    """Give the weight of each term by its name `model/condition`, in the reward's order.
-
-    None of a judge: its terms are questions, as many as there are other candidates.
-    """
-    if reward.is_judge:
-        return {}
-    return {f"{term.model}/{term.condition}": term.weight for term in reward.resolved_terms()}

@@ -42,8 +42,14 @@ def hash_model(folder: Path) -> str:
     """Hash a model folder's weights, configuration and tokenizer files.
 
     Raises:
-        ModelError: the folder has no safetensors weights.
+        ModelError: there is no such folder, or it has no safetensors weights.
     """
+    if not folder.is_dir():
+        raise ModelError(
+            "the start model must be a folder on this machine",
+            where=str(folder),
+            fix="make the demo model with: python -m jobs.make_demo_model",
+        )
     files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
     if not any(path.suffix == ".safetensors" for path in files):
         raise ModelError(

@@ -40,7 +40,7 @@ from cdr.dpo_data import (
     write_pairs,
 )
 from cdr.dpo_report import HeldOutPair
-from cdr.errors import InputError, ModelError
+from cdr.errors import InputError
 from cdr.packed_pairs import collate_one, pack_pair, score_packed
 from cdr.tuning import (
     CHECKPOINTS,
@@ -78,12 +78,6 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
     """
     started = time.monotonic()
     folder = options.model.expanduser()
-    if not folder.is_dir():
-        raise ModelError(
-            "the start model must be a folder on this machine",
-            where=str(folder),
-            fix="make the demo model with: python -m jobs.make_demo_model",
-        )
     if options.threads:
         torch.set_num_threads(options.threads)
     pairs = read_pairs(options.pairs)

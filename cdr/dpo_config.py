@@ -1,4 +1,4 @@
-"""What decides a tuned adapter, and the refusal to go on under anything else.
+"""What decides what is trained on pairs, and the refusal to go on under anything else.
 
 No torch: a command line is checked, and told what is wrong, before a model loads.
 """
@@ -15,11 +15,10 @@ from cdr.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """What decides the adapter: a checkpoint continues only under an equal one.
+class PairTrainingConfig:
+    """What decides a model that is trained on preference pairs, whatever the loss.
 
     Args:
-        base_name: neutral name of the start model, written into the adapter.
         base_hash: hash of the start model's weights and tokenizer.
         pairs_hash: hash of all pairs read, held-out ones included.
         max_length: tokens of prompt and longer answer, at most.
@@ -29,14 +28,11 @@ class TrainingConfig:
         batch_size: pairs per optimizer step, over all processes.
         learning_rate: AdamW's peak rate; linear warm-up over a tenth of the steps, then linear
             decay to 0.
-        beta: weight of the log-ratio in the loss; smaller lets the model move further.
         rank: of the LoRA matrices, on every linear layer but the head; alpha is twice the rank.
-        seed: draws pairs, their order and the adapter's first weights.
-        dtype: of the start model's weights and of the matrix products; the adapter is float32.
-        processes: how many share a step (their number changes which pair is in which step).
+        seed: draws pairs, their order and the first weights.
+        dtype: of the start model's weights and of the matrix products; what is trained is float32.
     """
 
-    base_name: str
     base_hash: str
     pairs_hash: str
     max_length: int
@@ -45,34 +41,31 @@ class TrainingConfig:
     epochs: float
     batch_size: int
     learning_rate: float
-    beta: float
     rank: int
     seed: int
     dtype: str
-    processes: int
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all at once."""
-        rules = {
-            "max_length": (self.max_length >= 2, ">= 2"),
-            "max_pairs": (self.max_pairs is None or self.max_pairs >= 1, ">= 1"),
-            "holdout_fraction": (0 <= self.holdout_fraction < 1, ">= 0 and < 1"),
-            "epochs": (self.epochs > 0, "> 0"),
-            "batch_size": (
-                self.batch_size >= 1 and self.batch_size % self.processes == 0,
-                f"a multiple of the number of processes, {self.processes}",
-            ),
-            "learning_rate": (self.learning_rate > 0, "> 0"),
-            "beta": (self.beta > 0, "> 0"),
-            "rank": (self.rank >= 1, ">= 1"),
-        }
         problems = [
             f"{key}: must be {rule}, got {getattr(self, key)!r}"
-            for key, (is_fine, rule) in rules.items()
+            for key, (is_fine, rule) in self._rules().items()
             if not is_fine
         ]
         if problems:
             raise ConfigError(problems, where="command line", fix="see --help")
+
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        """Give per option whether it is in range, and the range."""
+        return {
+            "max_length": (self.max_length >= 2, ">= 2"),
+            "max_pairs": (self.max_pairs is None or self.max_pairs >= 1, ">= 1"),
+            "holdout_fraction": (0 <= self.holdout_fraction < 1, ">= 0 and < 1"),
+            "epochs": (self.epochs > 0, "> 0"),
+            "batch_size": (self.batch_size >= 1, ">= 1"),
+            "learning_rate": (self.learning_rate > 0, "> 0"),
+            "rank": (self.rank >= 1, ">= 1"),
+        }
 
     def check_same(self, before: Mapping[str, Any], where: Path) -> None:
         """Refuse to continue what another configuration has begun.
@@ -85,6 +78,31 @@ class TrainingConfig:
             ConfigError: names every key that differs, with both values.
         """
         check_same(asdict(self), before, where)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(PairTrainingConfig):
+    """What decides the adapter: a checkpoint continues only under an equal one.
+
+    Args:
+        base_name: neutral name of the start model, written into the adapter.
+        beta: weight of the log-ratio in the loss; smaller lets the model move further.
+        processes: how many share a step (their number changes which pair is in which step).
+    """
+
+    base_name: str
+    beta: float
+    processes: int
+
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            **super()._rules(),
+            "batch_size": (
+                self.batch_size >= 1 and self.batch_size % self.processes == 0,
+                f"a multiple of the number of processes, {self.processes}",
+            ),
+            "beta": (self.beta > 0, "> 0"),
+        }
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def resolve_models(reward: RewardSpec, *, only_used: bool = True) -> dict[str, R
         raise ConfigError(
             problems,
             where=f"reward '{reward.name}'",
-            fix="check the paths; the demo's model is made by: python jobs/make_demo_model.py",
+            fix="check the paths; the demo's model is made by python jobs/make_demo_model.py, its "
+            "classifier by make kinds-demo",
         )
     return found
 

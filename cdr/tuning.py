@@ -1,6 +1,7 @@
 """What preference tunings share around TRL's trainers: rows, stopping, adapters, the first process.
 
-`cdr.dpo` and `cdr.simpo` differ in the loss and in where pairs come from; this is the rest.
+`cdr.dpo`, `cdr.simpo` and `cdr.classifier_training` differ in the loss and in where pairs come
+from; this is the rest.
 """
 
 from __future__ import annotations
@@ -69,8 +70,13 @@ def make_rows(pairs: Sequence[EncodedPair], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def make_lora(rank: int) -> Any:
-    """Give PEFT's config of an adapter on every linear layer but the head; alpha is twice rank."""
+def make_lora(rank: int, task_type: str = "CAUSAL_LM") -> Any:
+    """Give PEFT's config of an adapter on every linear layer but the head; alpha is twice rank.
+
+    Args:
+        rank: of its matrices.
+        task_type: PEFT's name of what the model is for; with `SEQ_CLS` the head is trained whole.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
@@ -78,7 +84,7 @@ def make_lora(rank: int) -> Any:
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
 
 

@@ -78,7 +78,7 @@ def make_classifier(folder: Path) -> tuple[LlamaForSequenceClassification, PreTr
     return model, tokenizer
 
 
-def test_a_classifier_gives_rewards_that_are_its_own_scores_and_asks_once(
+def test_a_classifier_gives_its_own_scores_asks_once_and_is_compared_with_a_judge(
     spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = make_classifier(tmp_path / "model")
@@ -96,10 +96,20 @@ def test_a_classifier_gives_rewards_that_are_its_own_scores_and_asks_once(
         "reward": reward,
         "tracking": {"enabled": False},
     }
-    config = {**whole, "input": write(tmp_path / "pairs.jsonl", PAIRS)}
+    judge = {"form": "judge", "models": {"judge": {"path": path, "engine": "stub"}}}
+    rows = {"rm": {}, "judge": {"change": judge}}
+    config = {**whole, "input": write(tmp_path / "pairs.jsonl", PAIRS), "rows": rows}
     warehouse = Warehouse(spark, str(tmp_path / "warehouse"))
-    assert evaluate(plan_evaluation(EvaluateConfig.model_validate(config)), warehouse) == 0
-    assert "6 of 6 pairs judged" in capsys.readouterr().out
+    plans = plan_evaluation(EvaluateConfig.model_validate(config))
+    # The second time all is in the one store: a score per answer, two letters per order of a pair.
+    for first, second in (
+        ("12 asked, 0 were", "24 asked, 0 were"),
+        ("12 asked, 12", "24 asked, 24"),
+    ):
+        assert evaluate(plans, warehouse) == 0
+        said = capsys.readouterr().out
+        for text in ("6 of 6 pairs judged", first, second, "A = rm\nB = judge", "McNemar"):
+            assert text in said
 
     def ask(prompt: str, answer: str) -> float:
         """What a user of transformers would do: the whole conversation by its template."""
@@ -108,13 +118,14 @@ def test_a_classifier_gives_rewards_that_are_its_own_scores_and_asks_once(
         with torch.inference_mode():
             return float(model(input_ids=ids).logits[0, 0])
 
-    rewards = collect(warehouse, REWARDS)
+    rewards = [row for row in collect(warehouse, REWARDS) if row["reward_name"] == "rm"]
     assert len(rewards) == 12
     for row in rewards:
         score = ask(row["prompt"][0]["content"], row["completion"])
         assert row["reward"] == row["strong_logprob"] == pytest.approx(score, abs=1e-4)
         assert row["weak_logprob"] is None
-    by_margin = {row["outcome"]: row["margin"] for row in collect(warehouse, BENCHMARK_PAIRS)}
+    judged = collect(warehouse, BENCHMARK_PAIRS)
+    by_margin = {row["outcome"]: row["margin"] for row in judged if row["reward_name"] == "rm"}
     assert by_margin.keys() <= {"win", "loss"}
     assert all((margin > 0) == (outcome == "win") for outcome, margin in by_margin.items())
 
@@ -132,7 +143,7 @@ def test_a_classifier_gives_rewards_that_are_its_own_scores_and_asks_once(
     }
     assert annotate(plan_annotation(AnnotateConfig.model_validate(config)), warehouse) == 0
     assert last_counts(warehouse)["logprobs_scored"] == 0
-    assert len(collect(warehouse, LOGPROBS)) == 12
+    assert len(collect(warehouse, LOGPROBS)) == 12 + 24
     for pair in collect(warehouse, PREFERENCES):
         prompt = pair["prompt"][0]["content"]
         scores = [ask(prompt, pair[side][0]["content"]) for side in ("chosen", "rejected")]

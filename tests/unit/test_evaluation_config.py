@@ -65,7 +65,7 @@ def test_every_shipped_row_is_a_reward(path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_shipped_files_are_found() -> None:
     stems = {path.stem for path in SHIPPED}
-    assert stems == {"demo", "forms", "loop", "rewardbench", "table1"}
+    assert stems == {"demo", "forms", "kinds", "loop", "rewardbench", "table1"}
 
 
 def test_table_1_prints_the_papers_numbers_and_has_its_rewards(

@@ -30,6 +30,7 @@ TORCH_AT_IMPORT = {
     "cdr/engines/causal_lm.py",
     "cdr/engines/classifier.py",
     "cdr/engines/tree_reader.py",
+    "cdr/classifier_training.py",
     "cdr/dpo.py",
     "cdr/packed_pairs.py",
     "cdr/simpo.py",

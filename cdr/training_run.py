@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cdr.checkpoints import read_json
+from cdr.child_jobs import work_alone
 from cdr.config import JobSpec, content_hash
 from cdr.errors import CdrError, ConfigError, InputError, TableError
 from cdr.export import MANIFEST, PairSet, Target, export_pairs, find_pairs
@@ -29,7 +30,8 @@ from cdr.tracking import RunTracker, TableVersion, redact
 from cdr.unreadable import explain_unreadable
 from cdr.warehouse import Warehouse
 
-_NOTE = "mlflow-run.json"
+RUN_NOTE = "mlflow-run.json"
+"""File of an output folder that names the MLflow run of the search."""
 
 
 class TrainingRun(JobRun):
@@ -89,6 +91,8 @@ class TrainingRun(JobRun):
         # What limits this start does not make another search.
         search = {key: value for key, value in values.items() if key not in ("run", "tracking")}
         self._output.mkdir(parents=True, exist_ok=True)
+        # A launcher that is killed leaves its processes behind, at work on the same checkpoints.
+        stack.enter_context(work_alone(self._output))
         self._tracker = stack.enter_context(
             RunTracker(
                 config.tracking,
@@ -96,7 +100,7 @@ class TrainingRun(JobRun):
                 run_name=f"simpo {self.pairs.dataset} {self.pairs.reward_name}",
                 config=search,
                 tags=self._tags(),
-                note=self._output / _NOTE,
+                note=self._output / RUN_NOTE,
             )
         )
         self._link()
@@ -129,7 +133,7 @@ class TrainingRun(JobRun):
             config=values,
             tags=self._tags(),
             parent=self._tracker,
-            note=folder / _NOTE,
+            note=folder / RUN_NOTE,
         ) as self._point:
             yield
 

@@ -19,6 +19,14 @@ from pydantic import Field, model_validator
 from cdr.config_files import MayBeFile, Spec, load_config
 from cdr.reward_config import EngineName, RewardSpec
 
+# What the configs of all jobs have in common, each key with its one rule.
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$")]
+WarehousePlace = Annotated[str, Field(description="Folder (or URI) of the tables.")]
+TablePlaces = Annotated[
+    dict[str, str],
+    Field(default_factory=dict, description="Other places per table: a path, or a catalog name."),
+]
+
 
 class ColumnsSpec(Spec):
     """Names of the input's columns. None: the input has no such column."""
@@ -203,14 +211,9 @@ class ReportSpec(Spec):
 class AnnotateConfig(Spec):
     """One annotate run: which completions, which reward, which pairs, where to."""
 
-    dataset: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$",
-        description="Name of this set of completions in all tables.",
-    )
-    warehouse: str = Field(description="Folder (or URI) of the tables.")
-    tables: dict[str, str] = Field(
-        default_factory=dict, description="Other places per table: a path, or a catalog name."
-    )
+    dataset: DatasetName = Field(description="Name of this set of completions in all tables.")
+    warehouse: WarehousePlace
+    tables: TablePlaces
     input: InputSpec
     engine: EngineName | None = Field(
         None, description="Takes the place of `reward.engine`, as in `--set engine=vllm`."

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cdr.answer_files import Benchmark
-from cdr.config import RunSpec, TrackingSpec
+from cdr.config import DatasetName, RunSpec, TablePlaces, TrackingSpec, WarehousePlace
 from cdr.config_files import MayBeFile, Spec, load_config
 from cdr.evaluation_config import StatisticsSpec
 from cdr.reward_config import ModelSpec, RewardSpec
@@ -78,18 +78,15 @@ class DownstreamTrackingSpec(TrackingSpec):
 class DownstreamConfig(Spec):
     """One policy on one benchmark: its answers, and who judges or compares them."""
 
-    dataset: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$",
+    dataset: DatasetName = Field(
         description="Name of the policy's answers, in `completions` and in the tools' files, where "
         "it stands for the policy.",
     )
     benchmark: Benchmark = Field(description="Whose questions, and whose form of files.")
     questions: str = Field(description="The benchmark's own question file, on this machine.")
     answers: str = Field(description="Folder for the answer files, on this machine.")
-    warehouse: str = Field(description="Folder (or URI) of the tables.")
-    tables: dict[str, str] = Field(
-        default_factory=dict, description="Other places per table: a path, or a catalog name."
-    )
+    warehouse: WarehousePlace
+    tables: TablePlaces
     policy: ModelSpec
     training_run: str | None = Field(
         None,

@@ -15,7 +15,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from cdr.config import RunSpec, SourceSpec, TrackingSpec
+from cdr.config import (
+    DatasetName,
+    RunSpec,
+    SourceSpec,
+    TablePlaces,
+    TrackingSpec,
+    WarehousePlace,
+)
 from cdr.config_files import MayBeFile, Spec, load_config
 from cdr.errors import ConfigError
 from cdr.reward_config import Domain, RewardSpec, is_hub_id
@@ -115,14 +122,9 @@ class EvaluateTrackingSpec(TrackingSpec):
 class EvaluateConfig(Spec):
     """One evaluation: which labelled pairs, which reward or rows of rewards, where to."""
 
-    dataset: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$",
-        description="Name of the benchmark in all tables.",
-    )
-    warehouse: str = Field(description="Folder (or URI) of the tables.")
-    tables: dict[str, str] = Field(
-        default_factory=dict, description="Other places per table: a path, or a catalog name."
-    )
+    dataset: DatasetName = Field(description="Name of the benchmark in all tables.")
+    warehouse: WarehousePlace
+    tables: TablePlaces
     input: PairsInputSpec
     reward: Annotated[RewardSpec, MayBeFile()]
     rows: dict[RowName, RowSpec] = Field(

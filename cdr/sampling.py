@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_tokenizer, own_template
-from cdr.config import JobSpec, SourceSpec, content_hash
+from cdr.config import (
+    DatasetName,
+    JobSpec,
+    SourceSpec,
+    TablePlaces,
+    WarehousePlace,
+    content_hash,
+)
 from cdr.config_files import Spec, load_config
 from cdr.encoding import TokenizerSpec
 from cdr.engines.base import EngineSpec
@@ -65,13 +72,9 @@ class GenerateRunSpec(JobSpec):
 class GenerateConfig(Spec):
     """One sampling run: which prompts, which policy, how many completions, where to."""
 
-    dataset: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$", description="Name of the set of completions."
-    )
-    warehouse: str = Field(description="Folder (or URI) of the tables.")
-    tables: dict[str, str] = Field(
-        default_factory=dict, description="Other places per table: a path, or a catalog name."
-    )
+    dataset: DatasetName = Field(description="Name of the set of completions.")
+    warehouse: WarehousePlace
+    tables: TablePlaces
     input: PromptsSpec
     policy: ModelSpec
     template: str = Field(

@@ -16,7 +16,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from cdr.config import TrackingSpec
+from cdr.config import TablePlaces, TrackingSpec, WarehousePlace
 from cdr.config_files import Spec, load_config
 from cdr.reward_config import ModelSpec
 
@@ -179,10 +179,8 @@ class SimpoTrackingSpec(TrackingSpec):
 class SimpoConfig(Spec):
     """One search for a policy: which preferences, which start model, which grid, where to."""
 
-    warehouse: str = Field(description="Folder (or URI) of the tables.")
-    tables: dict[str, str] = Field(
-        default_factory=dict, description="Other places per table: a path, or a catalog name."
-    )
+    warehouse: WarehousePlace
+    tables: TablePlaces
     preferences: PreferencesSpec
     start: StartModelSpec
     output: str = Field(

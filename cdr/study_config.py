@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from cdr.config import RunSpec
+from cdr.config import DatasetName, RunSpec, TablePlaces, WarehousePlace
 from cdr.config_files import Spec, load_config
 from cdr.evaluation_config import (
     EvaluateConfig,
@@ -62,14 +62,9 @@ class StudyConfig(Spec):
     study: str = Field(
         pattern=r"^[a-z0-9][a-z0-9._\-]*$", description="Name of the study in all tables."
     )
-    dataset: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]*$",
-        description="Name of the benchmark in all tables.",
-    )
-    warehouse: str = Field(description="Folder (or URI) of the tables.")
-    tables: dict[str, str] = Field(
-        default_factory=dict, description="Other places per table: a path, or a catalog name."
-    )
+    dataset: DatasetName = Field(description="Name of the benchmark in all tables.")
+    warehouse: WarehousePlace
+    tables: TablePlaces
     input: PairsInputSpec
     engine: EngineName = Field(
         "transformers", description="Engine of every model that names none itself."

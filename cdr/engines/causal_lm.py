@@ -123,7 +123,6 @@ class CausalLm(Decoder):
     """
 
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
-        check_spec(spec)
         super().__init__(load_model(AutoModelForCausalLM, spec, device), spec, device)
         self._head = self._model.get_output_embeddings()
         self._head_dtype: torch.dtype = getattr(torch, spec.head_dtype)

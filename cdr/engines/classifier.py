@@ -14,14 +14,11 @@ Out of scope: adapters, quantised weights, encoders (a pair of texts in place of
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -34,10 +31,9 @@ from cdr.engines.base import (
     check_length,
     check_token_ids,
 )
-from cdr.engines.causal_lm import Decoder, check_spec, load_model
-from cdr.engines.hardware import count_cores
+from cdr.engines.causal_lm import Decoder, load_model
 from cdr.engines.prefix_tree import build_prefix_tree
-from cdr.engines.tree_reader import TreeReader
+from cdr.engines.tree_reader import TreeEngine, TreeReader
 from cdr.errors import ModelError
 
 _log = logging.getLogger(__name__)
@@ -46,28 +42,20 @@ _log = logging.getLogger(__name__)
 _CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-class ClassifierEngine:
-    """A sequence classifier in this process, on the first visible CUDA device or the CPU.
-
-    One caller at a time. The number of CPU threads is set for the whole process.
+class ClassifierEngine(TreeEngine):
+    """A sequence classifier in this process.
 
     Args:
-        spec: what to load; `extra` must be empty.
-        num_threads: CPU threads; None takes all cores this process may use.
+        spec: as for `TreeEngine`.
+        num_threads: as for `TreeEngine`.
 
     Raises:
         ModelError: the model cannot be loaded as specified, lacks its head, has no such output, or
             is of an architecture that this engine would give wrong numbers for.
     """
 
-    is_concurrent = False
-
     def __init__(self, spec: EngineSpec, num_threads: int | None = None) -> None:
-        torch.set_num_threads(num_threads or count_cores())
-        check_spec(spec)
-        self.spec = spec
-        self.engine_version = f"transformers {transformers.__version__} / torch {torch.__version__}"
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(spec, num_threads)
         self._model = load_model(AutoModelForSequenceClassification, spec, self._device)
         self._reader: TreeReader | None = None
         if spec.custom_code:
@@ -76,7 +64,7 @@ class ClassifierEngine:
             self._output = self._find_output()
             self._head_dtype: torch.dtype = getattr(torch, spec.head_dtype)
             self._reader = TreeReader(Decoder(self._model, spec, self._device), spec, self._device)
-            self._check_architecture()
+            self._check_architecture(self._reader)
 
     @torch.inference_mode()
     def score(self, groups: Sequence[ScoringGroup]) -> list[list[TokenLogprobs]]:
@@ -118,9 +106,7 @@ class ClassifierEngine:
     def close(self) -> None:
         """Give the memory of weights and caches back."""
         del self._model, self._reader
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        super().close()
 
     def _score_all(self, reader: TreeReader, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """Read sequences as one tree, and run the head on the last row of each."""
@@ -200,21 +186,9 @@ class ClassifierEngine:
         )
 
     @torch.inference_mode()
-    def _check_architecture(self) -> None:
+    def _check_architecture(self, reader: TreeReader) -> None:
         """Compare with the model's own forward, and refuse what a walk would get wrong."""
-        vocab_size = self._model.get_input_embeddings().num_embeddings
-        ids = np.linspace(0, vocab_size - 1, 12).astype(np.int64).tolist()
-        sequences = [tuple(ids), tuple(ids[:4] + ids[:3:-1])]
-        group = ScoringGroup(sequences[0][:4], tuple(ids[4:] for ids in sequences))
-        try:
-            scores = [float(found[0]) for found in chain(*self.score([group]))]
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise self._refuse_architecture(
-                f"cannot be read along a prefix tree: {error}"
-            ) from error
-        assert self._reader is not None
-        self._reader.forget()
-        for ids, score in zip(sequences, scores, strict=True):
+        for ids, (score,) in zip(*self._score_probe(reader), strict=True):
             logits = self._model(input_ids=torch.tensor([ids], device=self._device)).logits
             own = float(logits[0, self._output])
             if not abs(score - own) <= _CHECK_TOLERANCE[self.spec.dtype] * (1 + abs(own)):

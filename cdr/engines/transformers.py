@@ -20,13 +20,11 @@ measurements and for what else was tried.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 import torch
-import transformers
 
 from cdr.engines.base import (
     EngineSpec,
@@ -37,9 +35,8 @@ from cdr.engines.base import (
     check_length,
 )
 from cdr.engines.causal_lm import CausalLm, KeysValues
-from cdr.engines.hardware import count_cores
 from cdr.engines.prefix_tree import Ints, PrefixTree, build_prefix_tree
-from cdr.engines.tree_reader import TreeReader
+from cdr.engines.tree_reader import TreeEngine, TreeReader
 from cdr.errors import ModelError
 
 # Logits held at once while the head scores: 4 MiB in float32, which stay in a CPU's cache from the
@@ -52,27 +49,20 @@ _SAMPLING_CACHE_FACTOR = 8
 _CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
-class TransformersEngine:
-    """A causal language model in this process, on the first visible CUDA device or the CPU.
-
-    One caller at a time. The number of CPU threads is set for the whole process.
+class TransformersEngine(TreeEngine):
+    """A causal language model in this process.
 
     Args:
-        spec: what to load; `extra` must be empty.
-        num_threads: CPU threads; None takes all cores this process may use.
+        spec: as for `TreeEngine`.
+        num_threads: as for `TreeEngine`.
 
     Raises:
         ModelError: the model cannot be loaded as specified, or its architecture is one that this
             engine would give wrong numbers for.
     """
 
-    is_concurrent = False
-
     def __init__(self, spec: EngineSpec, num_threads: int | None = None) -> None:
-        torch.set_num_threads(num_threads or count_cores())
-        self.spec = spec
-        self.engine_version = f"transformers {transformers.__version__} / torch {torch.__version__}"
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(spec, num_threads)
         self._lm = CausalLm(spec, self._device)
         self._reader = TreeReader(self._lm, spec, self._device)
         self._check_architecture()
@@ -130,11 +120,8 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Give the memory of weights and caches back."""
-        self._reader.forget()
         del self._lm, self._reader
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        super().close()
 
     def _score_tree(self, tree: PrefixTree) -> TokenLogprobs:
         """Give the log-prob of every target of a tree, in its order."""
@@ -226,20 +213,10 @@ class TransformersEngine:
     @torch.inference_mode()
     def _check_architecture(self) -> None:
         """Compare with the model's own forward, and refuse what a walk would get wrong."""
-        ids = np.linspace(0, self._lm.vocab_size - 1, 12).astype(np.int64)
-        sequences = np.stack([ids, np.concatenate([ids[:4], ids[:3:-1]])])
-        group = ScoringGroup(
-            tuple(ids[:4].tolist()), tuple(tuple(s[4:].tolist()) for s in sequences)
-        )
-        try:
-            own = np.stack(self.score([group])[0])
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise self._refuse_architecture(
-                f"cannot be read along a prefix tree: {error}"
-            ) from error
-        self._reader.forget()
-        plain = [self._lm.compute_plain_logprobs(self._reader.to_device(s))[3:] for s in sequences]
-        difference = np.abs(own - torch.stack(plain).float().cpu().numpy()).mean()
+        sequences, answers = self._score_probe(self._reader)
+        rows = torch.tensor(sequences, device=self._device)
+        plain = torch.stack([self._lm.compute_plain_logprobs(row)[3:] for row in rows])
+        difference = np.abs(np.stack(answers) - plain.float().cpu().numpy()).mean()
         if not difference <= _CHECK_TOLERANCE[self.spec.dtype]:
             raise self._refuse_architecture(
                 f"gives log-probs along a prefix tree that differ from its own by "

@@ -1,23 +1,27 @@
 """Reading a prefix tree with a decoder: every shared token once, only the path kept.
 
-What engines of this library have in common that read with transformers' models; the heads on top
-are theirs. See `cdr.engines.transformers` for why it is done so.
+What engines of this library have in common that read with transformers' models (`TreeEngine`); the
+heads on top are theirs. See `cdr.engines.transformers` for why it is done so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 
-from cdr.engines.base import EngineSpec, check_token_ids
-from cdr.engines.causal_lm import Decoder, KeysValues
+from cdr.engines.base import EngineSpec, ScoringGroup, TokenLogprobs, check_token_ids
+from cdr.engines.causal_lm import Decoder, KeysValues, check_spec
+from cdr.engines.hardware import count_cores
 from cdr.engines.prefix_tree import Ints, PrefixTree
-from cdr.errors import EngineError
+from cdr.errors import EngineError, ModelError
 
 # Rows per forward: enough to fill the matmuls, few enough that masked-out attention stays small.
 _MAX_ROWS = {"cpu": 512, "cuda": 2048}
@@ -45,12 +49,14 @@ class TreeReader:
 
     Attributes:
         path: token ids from the root to the last row read, with keys and values.
+        vocab_size: ids that the decoder knows.
     """
 
     def __init__(self, decoder: Decoder, spec: EngineSpec, device: torch.device) -> None:
         self._decoder, self._spec, self._device = decoder, spec, device
         self._max_rows = min(spec.batch_tokens, _MAX_ROWS[device.type])
         self.path = NO_PATH
+        self.vocab_size = decoder.vocab_size
 
     def forget(self) -> None:
         """Give the memory of the path back; the next walk begins at the root."""
@@ -63,7 +69,7 @@ class TreeReader:
             First row, one past the last row, and their hidden states, shape [rows, hidden].
         """
         ids = np.concatenate([tree.token_ids, tree.target_ids])
-        check_token_ids(self._spec, ids, self._decoder.vocab_size)
+        check_token_ids(self._spec, ids, self.vocab_size)
         begin, num_rows = tree.num_known, len(tree)
         path = np.arange(begin)
         layers = [(keys[:, :, :begin], values[:, :, :begin]) for keys, values in self.path.layers]
@@ -117,3 +123,61 @@ class TreeReader:
     def to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """Give an array as a tensor on the device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+class TreeEngine(ABC):
+    """An engine on a model of transformers in this process, on the first CUDA device or the CPU.
+
+    One caller at a time. The number of CPU threads is set for the whole process.
+
+    Args:
+        spec: what to load; `extra` must be empty.
+        num_threads: CPU threads; None takes all cores this process may use.
+
+    Raises:
+        ModelError: the spec asks for what these engines have not.
+    """
+
+    is_concurrent = False
+
+    def __init__(self, spec: EngineSpec, num_threads: int | None) -> None:
+        torch.set_num_threads(num_threads or count_cores())
+        check_spec(spec)
+        self.spec = spec
+        self.engine_version = f"transformers {transformers.__version__} / torch {torch.__version__}"
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @abstractmethod
+    def score(self, groups: Sequence[ScoringGroup]) -> list[list[TokenLogprobs]]:
+        """Answer as `LogprobEngine.score` does."""
+
+    def close(self) -> None:
+        """Give the memory back of what the engine has let go of: weights and caches."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _score_probe(self, reader: TreeReader) -> tuple[list[tuple[int, ...]], list[TokenLogprobs]]:
+        """Score two short sequences, to be compared with what the model's own forward gives.
+
+        Returns:
+            The sequences, whose first four tokens are the prefix, and the answers.
+
+        Raises:
+            ModelError: the model cannot be read along a tree at all.
+        """
+        ids = np.linspace(0, reader.vocab_size - 1, 12).astype(np.int64).tolist()
+        sequences = [tuple(ids), tuple(ids[:4] + ids[:3:-1])]
+        group = ScoringGroup(sequences[0][:4], tuple(s[4:] for s in sequences))
+        try:
+            (answers,) = self.score([group])
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise self._refuse_architecture(
+                f"cannot be read along a prefix tree: {error}"
+            ) from error
+        reader.forget()
+        return sequences, answers
+
+    @abstractmethod
+    def _refuse_architecture(self, reason: str) -> ModelError:
+        """Make the error that says why, and what to use in its place."""

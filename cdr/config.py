@@ -41,6 +41,15 @@ class ColumnsSpec(Spec):
     )
     system: str | None = Field(None, description="System message, where prompt is a string.")
     domain: str | None = Field(None, description="Domain for routing.mode `column`.")
+    per_completion: tuple[str, ...] = Field(
+        (),
+        description="Layout `array`: other arrays of yours with an item per completion, such as "
+        "scores. Each candidate's `passthrough` has its own item; of arrays not named, all of it.",
+    )
+
+    def mapped(self) -> set[str]:
+        """Name the columns that are read for what they mean."""
+        return {name for name in self.model_dump(exclude={"per_completion"}).values() if name}
 
 
 class SourceSpec(Spec):
@@ -87,6 +96,15 @@ class InputSpec(SourceSpec):
             problems.append("prompts_path: is given exactly when layout is 'joined'")
         if self.layout == "joined" and self.columns.prompt_id is None:
             problems.append("columns.prompt_id: layout 'joined' needs it")
+        if self.columns.per_completion and self.layout != "array":
+            problems.append(
+                f"columns.per_completion: is for layout 'array', got layout '{self.layout}'"
+            )
+        problems += [
+            f"columns.per_completion: '{name}' is mapped already"
+            for name in self.columns.per_completion
+            if name in self.columns.mapped() - {self.columns.completion_b}
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

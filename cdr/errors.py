@@ -112,7 +112,8 @@ class RejectReason(StrEnum):
     """The completion is blank: the policy ended its turn at once. Nothing to do, or sample
     again."""
     UNEVEN_ARRAYS = "uneven_arrays"
-    """With layout `array`, the ids or finish reasons are more or fewer than the completions."""
+    """With layout `array`, the ids, finish reasons or items of `columns.per_completion` are more
+    or fewer than the completions."""
     DUPLICATE_ID = "duplicate_id"
     """A `prompt_id` with two prompts, or a `completion_id` twice in a prompt: map other
     columns, or none."""

@@ -9,12 +9,16 @@ per candidate:
     with this one of its candidates), source_row (names the row by its hash, never twice), reason
     and detail (null for rows that can be scored)
 
+A column that holds something of each candidate gives every one its own, so that N candidates of a
+prompt carry N texts and not N². What belongs to the prompt is carried by each.
+
 No row is dropped: `reason` marks those that cannot be used. All of it is Spark SQL; nothing is
 collected and nothing but schemas is looked at on the driver.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from pyspark.sql import Column, DataFrame, SparkSession, Window
@@ -24,6 +28,7 @@ from pyspark.sql import types as T
 from cdr.config import ColumnsSpec, InputSpec
 from cdr.errors import InputError, RejectReason
 from cdr.sources import (
+    ARRAY,
     IDENTIFIER,
     PROMPT,
     TEXT,
@@ -57,6 +62,12 @@ def read_candidates(
         InputError: the input is missing, unreadable, empty, or lacks a column.
     """
     rows = _read_rows(spark, source)
+    if repeated := _repeated_arrays(rows, source):
+        print(
+            f"warning: each completion carries the whole arrays {repeated} in passthrough; where "
+            "they have an item per completion, name them in input.columns.per_completion",
+            file=sys.stderr,
+        )
     with reading(source):
         if rows.isEmpty():
             raise no_rows(source.place)
@@ -138,13 +149,11 @@ def _read_rows(spark: SparkSession, source: InputSpec) -> DataFrame:
 def _to_candidates(rows: DataFrame, source: InputSpec) -> DataFrame:
     names = source.columns
     own = _own_columns(source)
-    other = [c for c in rows.columns if c not in _mapped(names, source.layout)]
-    passthrough = F.to_json(F.struct(*[rows[f"`{c}`"] for c in other])) if other else F.lit(None)
+    other = _other_columns(rows, source)
     per_row = rows.select(
         optional_column(names.prompt_id).cast("string").alias("prompt_id"),
         _messages(rows, names).alias("prompt"),
         optional_column(names.domain).cast("string").alias("given_domain"),
-        passthrough.cast("string").alias("passthrough"),
         _uneven_arrays(source).alias("uneven"),
         # The row without its candidates: with them, N candidates would carry N texts each.
         F.struct(*[rows[f"`{c}`"] for c in rows.columns if c not in own]).alias("shared"),
@@ -153,14 +162,18 @@ def _to_candidates(rows: DataFrame, source: InputSpec) -> DataFrame:
     # An empty array keeps its row (as a null completion), so that it is counted and rejected.
     one = per_row.withColumn("one", F.explode_outer("many"))
     shared = F.col("shared")
-    as_json = F.to_json(F.struct(*[own.get(c, shared[c]).alias(c) for c in rows.columns]))
+
+    def as_json(columns: Sequence[str]) -> Column:
+        return F.to_json(F.struct(*[own.get(c, shared[c]).alias(c) for c in columns]))
+
+    passthrough = as_json(other) if other else F.lit(None).cast("string")
     return one.select(
         "prompt_id",
         "prompt",
         "given_domain",
-        "passthrough",
+        passthrough.alias("passthrough"),
         "uneven",
-        as_json.alias("row"),
+        as_json(rows.columns).alias("row"),
         F.col("one.completion_id").cast("string").alias("completion_id"),
         F.col("one.completion").alias("completion"),
         F.col("one.finish_reason").cast("string").alias("finish_reason"),
@@ -172,9 +185,23 @@ def _texts(names: ColumnsSpec) -> list[str]:
     return [name for name in texts if name is not None]
 
 
-def _mapped(names: ColumnsSpec, layout: str) -> set[str]:
-    mapped = {value for value in names.model_dump().values() if value is not None}
-    return mapped if layout == "ab" else mapped - {names.completion_b}
+def _other_columns(rows: DataFrame, source: InputSpec) -> list[str]:
+    """Name the columns that go into `passthrough`."""
+    mapped = source.columns.mapped()
+    if source.layout != "ab":
+        mapped.discard(source.columns.completion_b)
+    return [name for name in rows.columns if name not in mapped]
+
+
+def _repeated_arrays(rows: DataFrame, source: InputSpec) -> list[str]:
+    """Name the arrays of layout `array` that every completion of a row carries whole."""
+    return [
+        name
+        for name in _other_columns(rows, source)
+        if source.layout == "array"
+        and name not in source.columns.per_completion
+        and isinstance(rows.schema[name].dataType, T.ArrayType)
+    ]
 
 
 def _check_columns(rows: DataFrame, source: InputSpec) -> None:
@@ -197,6 +224,7 @@ def _check_columns(rows: DataFrame, source: InputSpec) -> None:
         (names.finish_reason, each(TEXT)),
         (names.system, TEXT),
         (names.domain, TEXT),
+        *((name, ARRAY) for name in names.per_completion),
     ]
     check_columns(rows, expected, source.place, fix=fix)
 
@@ -212,26 +240,31 @@ def _messages(rows: DataFrame, names: ColumnsSpec) -> Column:
 
 
 def _completions(source: InputSpec) -> Column:
-    """Give an array of (completion_id, completion, finish_reason) for any layout."""
+    """Give an array of (completion_id, completion, finish_reason) for any layout.
+
+    With `per_completion` columns there is a field more, `others`: a struct of their items.
+    """
     names = source.columns
 
-    def candidate(text: Column, identifier: Column, finish: Column) -> Column:
+    def candidate(text: Column, identifier: Column, finish: Column, *others: Column) -> Column:
         return F.struct(
             identifier.alias("completion_id"),
             text.alias("completion"),
             finish.alias("finish_reason"),
+            *([F.struct(*others).alias("others")] if others else []),
         )
 
     text, identifier = F.col(f"`{names.completion}`"), optional_column(names.completion_id)
     finish = optional_column(names.finish_reason)
     if source.layout == "array":
-        # Parallel arrays: ids and finish reasons, where given, go by position.
+        # Parallel arrays: ids, finish reasons and what else is named go by position.
         return F.transform(
             text,
             lambda item, i: candidate(
                 item,
                 F.get(identifier, i) if names.completion_id else identifier,
                 F.get(finish, i) if names.finish_reason else finish,
+                *(F.get(F.col(f"`{name}`"), i).alias(name) for name in names.per_completion),
             ),
         )
     if source.layout == "ab":
@@ -251,7 +284,7 @@ def _own_columns(source: InputSpec) -> dict[str, Column]:
         ):
             if name is not None:
                 own[name] = one[field]
-        return own
+        return own | {name: one["others"][name] for name in names.per_completion}
     if source.layout == "ab":
         return {
             name: F.when(one["completion_id"] == which, one["completion"])
@@ -269,7 +302,7 @@ def _uneven_arrays(source: InputSpec) -> Column:
     names = source.columns
     many = F.array_size(F.col(f"`{names.completion}`")) if source.layout == "array" else None
     said = [F.lit(None).cast("string")]
-    for name in (names.completion_id, names.finish_reason):
+    for name in (names.completion_id, names.finish_reason, *names.per_completion):
         if many is not None and name is not None:
             size = F.array_size(F.col(f"`{name}`"))
             lengths = (F.lit(name), size, F.lit(names.completion), many)

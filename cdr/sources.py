@@ -51,6 +51,7 @@ def _is_messages(kind: T.DataType) -> bool:
     return all(isinstance(fields.get(name), T.StringType) for name in ("role", "content"))
 
 
+ARRAY = ColumnType("array", lambda kind: isinstance(kind, T.ArrayType))
 TEXT = ColumnType("string", lambda kind: isinstance(kind, T.StringType))
 IDENTIFIER = ColumnType(
     "string or integer", lambda kind: isinstance(kind, T.StringType | T.IntegralType)

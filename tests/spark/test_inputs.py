@@ -160,8 +160,10 @@ def test_reading_n_candidates_of_a_prompt_costs_n_texts_and_not_n_squared(
     def read_size(count: int) -> int:
         texts = [f"{i:03}" * 200 for i in range(count)]
         ids = [f"{i:03}" * 20 for i in range(count)]
-        path = write(tmp_path / f"{count}.jsonl", [{"prompt": "a", "completion": texts, "i": ids}])
-        found = read(spark, path, layout="array", columns={"completion_id": "i"})
+        row = {"prompt": "a", "completion": texts, "i": ids, "why": texts}
+        columns = {"completion_id": "i", "per_completion": ["why"]}
+        path = write(tmp_path / f"{count}.jsonl", [row])
+        found = read(spark, path, layout="array", columns=columns)
         assert reasons(found) == [None] * count
         return sum(len(str(row)) for row in found)
 
@@ -198,18 +200,19 @@ def test_source_row_tells_every_candidate_apart_and_is_the_same_however_rows_are
 def test_arrays_that_do_not_go_with_the_completions_are_refused_not_filled_with_nulls(
     spark: SparkSession, tmp_path: Path
 ) -> None:
-    even = {"completion": ["x", "y"], "id": ["i", "j"], "end": ["stop", "length"]}
+    even = {"completion": ["x", "y"], "id": ["i", "j"], "end": ["stop", "length"], "score": [1, 2]}
     uneven, fine = "uneven_arrays", (None, None)
     cases: list[tuple[dict[str, Any], tuple[str | None, str | None]]] = [
         ({"end": ["stop"]}, (uneven, "end has length 1, completion has length 2")),
         ({"end": []}, (uneven, "end has length 0, completion has length 2")),
         ({"id": ["i", "j", "k"]}, (uneven, "id has length 3, completion has length 2")),
-        ({"end": None, "id": None}, fine),
+        ({"score": [1]}, (uneven, "score has length 1, completion has length 2")),
+        ({"end": None, "id": None, "score": None}, fine),
         ({"end": ["stop", None], "id": [None, "j"]}, fine),
         ({}, fine),
     ]
     rows = [{"prompt": str(n), **even, **row} for n, (row, _) in enumerate(cases)]
-    columns = {"completion_id": "id", "finish_reason": "end"}
+    columns = {"completion_id": "id", "finish_reason": "end", "per_completion": ["score"]}
     path = write(tmp_path / "in.jsonl", rows)
     found = read(spark, path, layout="array", columns=columns)
     for n, (_, expected) in enumerate(cases):
@@ -275,6 +278,24 @@ def test_other_columns_are_kept_as_json(spark: SparkSession, tmp_path: Path) -> 
     (row,) = read(spark, path)
     assert json.loads(row["passthrough"]) == {"source": "web"}
     assert json.loads(row["row"])["completion"] == "1"
+
+
+def test_of_an_array_each_completion_keeps_its_item_where_it_is_said_to_have_one(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "a", "completion": ["1", "2"], "my.score": [0.5, None], "tags": ["x", "y"]}
+    path = write(tmp_path / "in.jsonl", [{**row, "source": "web"}])
+    whole = read(spark, path, layout="array")
+    assert [json.loads(r["passthrough"])["my.score"] for r in whole] == [[0.5, None]] * 2
+    assert "the whole arrays ['my.score', 'tags'] in passthrough" in capsys.readouterr().err
+    found = read(spark, path, layout="array", columns={"per_completion": ["my.score"]})
+    assert "the whole arrays ['tags'] in passthrough" in capsys.readouterr().err
+    shared = {"tags": ["x", "y"], "source": "web"}
+    kept = [json.loads(r["passthrough"]) for r in found]
+    assert kept == [{"my.score": 0.5, **shared}, shared]  # JSON leaves a null out
+    assert json.loads(found[0]["row"]) == {"prompt": "a", "completion": "1", **kept[0]}
+    with pytest.raises(InputError, match="'source' is string, expected array"):
+        read(spark, path, layout="array", columns={"per_completion": ["source"]})
 
 
 def test_missing_columns_are_named_with_those_that_are_there(

@@ -501,6 +501,14 @@ def test_strongs_template_needs_a_strong_model(write: Write) -> None:
             {"layout": "joined", "prompts_path": "p"},
             "input.columns.prompt_id: layout 'joined' needs it",
         ),
+        (
+            {"columns": {"per_completion": ["scores"]}},
+            "input.columns.per_completion: is for layout 'array', got layout 'long'",
+        ),
+        (
+            {"layout": "array", "columns": {"prompt_id": "n", "per_completion": ["n"]}},
+            "input.columns.per_completion: 'n' is mapped already",
+        ),
         ({"format": "json", "version": 3}, "input.version: only Delta tables have versions"),
     ],
 )

@@ -19,7 +19,7 @@ from cdr.router import content_free_messages
 from cdr.stages import Context, MapFunction
 from cdr.tables import ROUTES
 from cdr.warehouse import Warehouse
-from cdr.waves import BucketRange, WaveResult, answer_wave, bucket_column, cut_buckets
+from cdr.waves import BucketRange, WaveResult, answer_wave, bucket_column, cut_buckets, cut_tasks
 
 ROUTED_DDL = (
     "prompt_hash string, domain string, confidence double, label_logprobs map<string, double>, "
@@ -102,13 +102,8 @@ def route_wave(
     """
     route, spec = run.plan.reward.route, run.plan.config.run
     assert route is not None
-    prompts = (
-        work.rows.where(wave.holds(F.col("bucket")))
-        .select("prompt_hash", "prompt")
-        .repartition(max(run.num_devices, wave.tokens // spec.task_tokens), "prompt_hash")
-    )
     return answer_wave(
-        prompts,
+        cut_tasks(work.rows, wave, run).select("prompt_hash", "prompt"),
         make_route(route, spec, counter),
         ROUTED_DDL,
         run,

@@ -8,7 +8,6 @@ exactly what is not committed, new rows of old buckets included.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from cdr.estimate import Workload
 from cdr.progress import TaskCounter
 from cdr.stages import Context, MapFunction
 from cdr.tables import LOGPROBS
-from cdr.waves import BucketRange, WaveResult, answer_wave, bucket_column, cut_buckets
+from cdr.waves import BucketRange, WaveResult, answer_wave, bucket_column, cut_buckets, cut_tasks
 
 SCORED_DDL = (
     "model_key string, prefix_hash binary, completion_hash binary, logprob_sum double, "
@@ -213,16 +212,12 @@ def score_wave(
     """
     spec = run.plan.config.run
     names = [engine.name for engine in wave.engines]
-    num_tasks = max(run.num_devices, math.ceil(wave.buckets.tokens / spec.task_tokens))
     # A prompt's place among the others is its longest prefix in the tokens of one model: the shared
     # text of domain and exemplar leads in all of them.
     longest_of_one_model = F.struct("model_key", -F.size("prefix_ids"))
     prompt = Window.partitionBy("prompt_hash")
     questions = (
-        work.rows.where(wave.buckets.holds(F.col("bucket")))
-        .where(F.col("model_key").isin(names))
-        # An explicit number is kept by adaptive execution: no device idles.
-        .repartition(num_tasks, "prompt_hash")
+        cut_tasks(work.rows.where(F.col("model_key").isin(names)), wave.buckets, run)
         # The window finds its rows where they are: no second shuffle.
         .withColumn("place", F.min_by("prefix_ids", longest_of_one_model).over(prompt))
         .sortWithinPartitions("place", "model_key")

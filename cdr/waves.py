@@ -7,6 +7,7 @@ answers appended in one commit, so that a killed run loses one wave at most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,20 @@ def cut_buckets(tokens: Mapping[int, int], tokens_per_wave: int) -> list[BucketR
             ranges.append(BucketRange(low, bucket + 1, gathered))
             low, gathered = bucket + 1, 0
     return ranges
+
+
+def cut_tasks(rows: DataFrame, wave: BucketRange, run: Context) -> DataFrame:
+    """Take a wave's rows, cut into Spark tasks: a prompt's rows lie in one.
+
+    There are enough tasks for `run.task_tokens` each on average, and one per device at least.
+
+    Reads: prompt_hash, bucket.
+    """
+    num_tasks = math.ceil(wave.tokens / run.plan.config.run.task_tokens)
+    # An explicit number is kept by adaptive execution: no device idles.
+    return rows.where(wave.holds(F.col("bucket"))).repartition(
+        max(run.num_devices, num_tasks), "prompt_hash"
+    )
 
 
 class WaveResult(NamedTuple):

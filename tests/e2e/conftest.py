@@ -85,6 +85,17 @@ class Job:
         """Count a table's commits that exist by now, the one that created it included."""
         return len(list((self.warehouse / table / "_delta_log").glob("*.json")))
 
+    def edit(self, **changes: object) -> None:
+        """Set dotted keys (with `__` for the dot) in its YAML."""
+        config = yaml.safe_load(self.config.read_text())
+        for dotted, value in changes.items():
+            *path, last = dotted.split("__")
+            place = config
+            for key in path:
+                place = place.setdefault(key, {})
+            place[last] = value
+        self.config.write_text(yaml.safe_dump(config))
+
     def add_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         with self.input.open("a") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
@@ -105,44 +116,54 @@ def make_rows(prompts: range, candidates: range) -> list[dict[str, Any]]:
     ]
 
 
+def write_job(
+    folder: Path,
+    tokenizer: Path,
+    rows: Sequence[dict[str, Any]],
+    extra: dict[str, Any] | None = None,
+    **run: Any,
+) -> Job:
+    """Write a job with stub engines (numbers from hashes) that borrow a tokenizer."""
+
+    def model(adapter: str) -> dict[str, Any]:
+        return {
+            "path": str(tokenizer), "engine": "stub", "adapter": adapter, "extra": extra or {}
+        }  # fmt: skip
+
+    data, warehouse = folder / "input.jsonl", folder / "warehouse"
+    config = {
+        "dataset": "test",
+        "warehouse": str(warehouse),
+        "input": {
+            "path": str(data),
+            "format": "json",
+            "columns": {
+                "prompt_id": "prompt_id",
+                "completion_id": "completion_id",
+                "finish_reason": "finish_reason",
+            },
+        },
+        "reward": {
+            "name": "stub",
+            "models": {"strong": {**model("s"), "tuned_from": "weak"}, "weak": model("w")},
+            "routing": {"mode": "none"},
+        },
+        "run": run,
+        "tracking": {"enabled": False},
+        "report": {"enabled": False},
+    }
+    (folder / "annotate.yaml").write_text(yaml.safe_dump(config))
+    job = Job(folder / "annotate.yaml", warehouse, data)
+    job.add_rows(rows)
+    return job
+
+
 @pytest.fixture
 def make_job(tmp_path: Path, demo_model: Path) -> Callable[..., Job]:
-    """Make a job with stub engines (numbers from hashes) and the demo model's tokenizer."""
+    """Make a job with stub engines and the demo model's tokenizer."""
 
-    def make(
-        rows: Sequence[dict[str, Any]], extra: dict[str, Any] | None = None, **run: Any
-    ) -> Job:
-        def model(adapter: str) -> dict[str, Any]:
-            return {
-                "path": str(demo_model), "engine": "stub", "adapter": adapter, "extra": extra or {}
-            }  # fmt: skip
-
-        data, warehouse = tmp_path / "input.jsonl", tmp_path / "warehouse"
-        config = {
-            "dataset": "test",
-            "warehouse": str(warehouse),
-            "input": {
-                "path": str(data),
-                "format": "json",
-                "columns": {
-                    "prompt_id": "prompt_id",
-                    "completion_id": "completion_id",
-                    "finish_reason": "finish_reason",
-                },
-            },
-            "reward": {
-                "name": "stub",
-                "models": {"strong": {**model("s"), "tuned_from": "weak"}, "weak": model("w")},
-                "routing": {"mode": "none"},
-            },
-            "run": run,
-            "tracking": {"enabled": False},
-            "report": {"enabled": False},
-        }
-        (tmp_path / "annotate.yaml").write_text(yaml.safe_dump(config))
-        job = Job(tmp_path / "annotate.yaml", warehouse, data)
-        job.add_rows(rows)
-        return job
+    def make(rows: Sequence[dict[str, Any]], *arguments: Any, **run: Any) -> Job:
+        return write_job(tmp_path, demo_model, rows, *arguments, **run)
 
     return make
 

@@ -299,8 +299,8 @@ def write_rejects(work: SamplingWork, run: SamplingContext) -> dict[str, int]:
     columns = ("prompt_id", "row", "reason", "detail", "stage")
     rows = work.prompts.where("reason IS NOT NULL")
     rejects = rows.withColumn("stage", F.lit("validate")).select(*columns)
-    for wave in range(work.num_waves):
-        refused = run.staging.read(f"sampled/wave={wave}").where("reason IS NOT NULL")
+    if work.num_waves:
+        refused = run.staging.read("sampled").where("reason IS NOT NULL")
         given = work.prompts.select("prompt_id", "row")
         rows = refused.join(given, on="prompt_id", how="inner")
         rejects = rejects.unionByName(

@@ -10,7 +10,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 from pyspark.sql import DataFrame
@@ -76,7 +75,6 @@ class ScoringRun(JobRun):
         super().__init__(warehouse, self.context.staging, plan.config.run)
         self._plan, self._job, self._reads = plan, job, reads
         self._config, self._tags = config, tags
-        self._scoring_waves: Sequence[Wave] = ()
         self._started = time.monotonic()
 
     @property
@@ -134,7 +132,6 @@ class ScoringRun(JobRun):
 
     def scoring_waves(self, waves: Sequence[Wave], work: Work) -> Iterator[Wave]:
         """Go through the scoring waves, as `routing_waves` does."""
-        self._scoring_waves = waves
         prompts = work.missing[work.counted].prompts if waves else 0
         return self._go_through(waves, Counts(prompts, work.tokens), "scoring")
 
@@ -146,9 +143,7 @@ class ScoringRun(JobRun):
         """Read the completions that this run could not score; None when there is none."""
         if not self._counts["logprobs_failed"]:
             return None
-        staging = self.context.staging
-        scored = [staging.read(f"scored/wave={wave.number}") for wave in self._scoring_waves]
-        return reduce(DataFrame.unionByName, scored).where("error IS NOT NULL")
+        return self.context.staging.read("scored").where("error IS NOT NULL")
 
     def _load_s(self) -> dict[str, float]:
         """Give what loading each model took, in seconds on its slowest host; see `Summary`."""

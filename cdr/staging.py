@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.types import StructType
 
 from cdr.engines.owner import Owner
 from cdr.errors import TableError
@@ -68,6 +69,7 @@ class Staging:
         self._spark, self._files = spark, Files(spark)
         self._all = f"{root.rstrip('/')}/_staging"
         self._folder = f"{self._all}/{run_id}"
+        self._schemas: dict[str, StructType] = {}
 
     def __enter__(self) -> Self:
         """Create the folder with a note of who works in it, and delete folders left behind."""
@@ -82,14 +84,14 @@ class Staging:
 
     def write(self, name: str, rows: DataFrame) -> DataFrame:
         """Write rows once and give a read of them."""
-        place = self.place(name)
-        rows.write.mode("overwrite").parquet(place)
-        # With the schema at hand Spark need not start a job to look for it in the files.
-        return self._spark.read.schema(rows.schema).parquet(place)
+        rows.write.mode("overwrite").parquet(self.place(name))
+        self._schemas[name] = self._schemas[name.partition("/")[0]] = rows.schema
+        return self.read(name)
 
     def read(self, name: str) -> DataFrame:
-        """Read what was written under a name."""
-        return self._spark.read.parquet(self.place(name))
+        """Read what this object wrote under a name; of `waves` all that is in `waves/wave=N`."""
+        # With the schema at hand Spark need not start a job to look for it in the files.
+        return self._spark.read.schema(self._schemas[name]).parquet(self.place(name))
 
     def place(self, name: str) -> str:
         """Give the Parquet folder of what is written under a name."""

@@ -6,6 +6,7 @@ reach them, which need not be a disk of this machine. For whole files only; rows
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from typing import Any
 
@@ -14,6 +15,9 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from cdr.errors import TableError
+
+# https://github.com/delta-io/delta/blob/master/PROTOCOL.md#delta-log-entries
+_COMMIT = re.compile(r"\d{20}\.json")
 
 
 def hadoop_place(place: str) -> str:
@@ -47,6 +51,14 @@ class Files:
         if not files.exists(path):
             return []
         return sorted(status.getPath().getName() for status in files.listStatus(path))
+
+    def delta_version(self, folder: str) -> int | None:
+        """Give the latest version of the Delta table in a folder; None where there is none.
+
+        By the names in its log, where Delta's own history would cost a Spark job.
+        """
+        commits = [name for name in self.names(f"{folder}/_delta_log") if _COMMIT.fullmatch(name)]
+        return int(commits[-1].removesuffix(".json")) if commits else None
 
     def num_bytes(self, place: str) -> int:
         """Give the size of a file, or of all that lies below a folder; 0 where there is nothing."""

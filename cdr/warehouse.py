@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 
 from cdr.commits import MAX_TRIES, commit
 from cdr.errors import TableError
+from cdr.files import Files
 from cdr.tables import SCHEMA_VERSION, TABLES, VERSION_PROPERTY, Table
 
 if TYPE_CHECKING:
@@ -81,7 +82,10 @@ class Warehouse:
                 Delta version, or it has been vacuumed away.
         """
         if not self.exists(table):
-            return self.spark.createDataFrame([], table.schema())
+            # Spark knows that there are no rows, as it does not of an empty list: it plans none.
+            null = F.lit(None)
+            fields = [null.cast(field.dataType).alias(field.name) for field in table.schema()]
+            return self.spark.range(1).where(F.lit(False)).select(*fields)
         rows = self.delta(table).toDF() if version is None else self._at_version(table, version)
         return rows.select(*table.names())
 
@@ -164,6 +168,9 @@ class Warehouse:
 
     def version(self, table: Table) -> int | None:
         """Give the latest Delta version; None where the table does not exist."""
+        place = self.place(table)
+        if _is_path(place):
+            return Files(self.spark).delta_version(place)
         if not self.exists(table):
             return None
         row = self._delta(table).history(1).select("version").first()

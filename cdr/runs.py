@@ -69,7 +69,7 @@ class RunLog:
             a short run's time.
     """
 
-    def __init__(self, warehouse: Warehouse, record: RunRecord, interval_s: float = 30.0) -> None:
+    def __init__(self, warehouse: Warehouse, record: RunRecord, interval_s: float = 60.0) -> None:
         self._warehouse = warehouse
         self._interval_s = interval_s
         self.record = record

@@ -96,14 +96,16 @@ class InputSpec(SourceSpec):
             problems.append("prompts_path: is given exactly when layout is 'joined'")
         if self.layout == "joined" and self.columns.prompt_id is None:
             problems.append("columns.prompt_id: layout 'joined' needs it")
-        if self.columns.per_completion and self.layout != "array":
+        named = self.columns.per_completion
+        if named and self.layout != "array":
             problems.append(
                 f"columns.per_completion: is for layout 'array', got layout '{self.layout}'"
             )
+        taken = self.columns.mapped() - {self.columns.completion_b}
         problems += [
-            f"columns.per_completion: '{name}' is mapped already"
-            for name in self.columns.per_completion
-            if name in self.columns.mapped() - {self.columns.completion_b}
+            f"columns.per_completion: '{name}' is named twice, here or for another key"
+            for name in dict.fromkeys(named)
+            if name in taken or named.count(name) > 1
         ]
         if problems:
             raise ValueError("\n".join(problems))

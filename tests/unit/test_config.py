@@ -507,7 +507,11 @@ def test_strongs_template_needs_a_strong_model(write: Write) -> None:
         ),
         (
             {"layout": "array", "columns": {"prompt_id": "n", "per_completion": ["n"]}},
-            "input.columns.per_completion: 'n' is mapped already",
+            "input.columns.per_completion: 'n' is named twice, here or for another key",
+        ),
+        (
+            {"layout": "array", "columns": {"per_completion": ["m", "n", "m"]}},
+            "input.columns.per_completion: 'm' is named twice, here or for another key",
         ),
         ({"format": "json", "version": 3}, "input.version: only Delta tables have versions"),
     ],

@@ -18,7 +18,7 @@ from cdr import simpo, simpo_trainer  # noqa: E402 - only where TRL is
 from cdr.errors import ConfigError, InputError, Stopped, TrainingError  # noqa: E402
 from cdr.simpo_config import PointConfig, SimpoConfig, list_points  # noqa: E402
 from cdr.training_run import TrainingRun  # noqa: E402
-from tests.tokenizers import make_smollm2  # noqa: E402
+from tests.tiny_model import save_tiny_model  # noqa: E402
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -58,22 +58,7 @@ class FakeRun:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer = make_smollm2()
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("start"))
 
 
 def make_config(start: Path, output: Path, **changes: Any) -> SimpoConfig:

@@ -21,7 +21,7 @@ from cdr.errors import ConfigError, InputError, SetupError, TableError
 from cdr.tracking import RunTracker
 from jobs.train_simpo import main
 from tests.spark.annotated import REWARD, Annotated
-from tests.tokenizers import make_smollm2
+from tests.tiny_model import save_tiny_model
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "train-simpo.md"
 
@@ -42,17 +42,7 @@ def _no_tracking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer = make_smollm2()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ such a link leads to a page with that file's content; links to a folder, to a li
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -71,4 +73,12 @@ def _render(target: str) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return text
+    if path.suffix == ".ipynb":
+        return "\n\n".join(_render_cell(cell) for cell in json.loads(text)["cells"])
     return f"# `{target}`\n\n````{_LANGUAGES.get(path.suffix, 'text')}\n{text}````\n"
+
+
+def _render_cell(cell: dict[str, Any]) -> str:
+    """Write a notebook's cell; notebooks are kept without outputs."""
+    source = "".join(cell["source"])
+    return source if cell["cell_type"] == "markdown" else f"````python\n{source}\n````"

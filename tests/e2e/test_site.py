@@ -47,6 +47,9 @@ def test_every_page_is_there_and_loads_nothing_from_elsewhere(site: Path) -> Non
     # What a page links to outside docs/ is shown on a page of its own.
     config = (site / "files" / "conf" / "annotate" / "demo.yaml.html").read_text(encoding="utf-8")
     assert "warehouse: ../../warehouse/demo" in re.sub("<[^>]+>", "", config)
+    notebook = (site / "files" / "notebooks" / "first_look.ipynb.html").read_text(encoding="utf-8")
+    assert "First look at an annotation</h1>" in re.sub("<a .*?</a>", "", notebook)
+    assert "cell_type" not in notebook
 
 
 def test_pages_opened_as_files_are_quiet_and_searchable(site: Path, tmp_path: Path) -> None:

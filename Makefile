@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo study-demo peer-check report-demo loop-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo study-demo peer-check report-demo notebooks loop-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -114,6 +114,11 @@ study-demo: setup java ## Tune the demo model in stages, study each stage over e
 
 report-demo: setup java ## Build the demo run's report page from its tables; print where it is
 	@$(SUBMIT) jobs/report.py --warehouse $(WAREHOUSE) $(ARGS)
+
+# Jupyter is not among the pinned packages: what it adds to .venv must not change any of them.
+notebooks: setup java ## Add JupyterLab to .venv, and open notebooks/ in it
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c conf/requirements.txt jupyterlab
+	@CDR_WAREHOUSE=$(abspath $(WAREHOUSE)) $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 # The loop: sample, annotate plain and adaptive, train a policy on each, compare with the start. Each
 # stage leaves a file in $(LOOP)/done when it has ended: a run that was stopped goes on with the next.

@@ -131,7 +131,7 @@ def test_choose_a_pair_says_what_the_tables_of_evaluations_and_a_study_say(
     assert list(names["worst"].index) == list(worst.index)
     rejected = {f"{row['subset']}/{row['id']}": row["rejected"] for row in GOOD}
     for prompt_id in worst.index:
-        assert f"CDR        {rejected[prompt_id]}\n" in text
+        assert f"FAVOURED   {rejected[prompt_id]}\n" in text
     cells = (
         DeltaTable(str(place / "study_pairs")).to_pandas().set_index(["numerator", "denominator"])
     )

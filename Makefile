@@ -104,11 +104,12 @@ eval-demo: setup java ## Evaluate the demo's rewards on labelled pairs (PAIRS=fo
 # the demo adapter's: pairs it was not tuned on. Of the repository's 40 pairs: half to train on, again
 # and again, half to compare on.
 KINDS := $(WAREHOUSE)/kinds-demo
-KINDS_PAIRS := $(if $(HAS_DEMO_PAIRS),--holdout-fraction 0.5 --epochs 4,--holdout-fraction 0.12 --max-pairs 240)
+KINDS_TRAINING := --max-length 384 \
+  $(if $(HAS_DEMO_PAIRS),--holdout-fraction 0.5 --epochs 4,--holdout-fraction 0.12 --max-pairs 240)
 
 kinds-demo: setup java ## Train a small classifier, compare it with ratio and judge (PAIRS=folder ROWS=all)
 	@$(BIN)/python -m jobs.train_classifier --pairs $(PAIRS) --output $(KINDS)/classifier \
-	  --held-out $(KINDS)/held-out.jsonl $(KINDS_PAIRS) --max-length 384
+	  --held-out $(KINDS)/held-out.jsonl $(KINDS_TRAINING)
 	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/kinds.yaml --set warehouse=$(WAREHOUSE) \
 	  --rows plain router judge classifier $(EVAL_SAMPLE) $(ARGS)
 

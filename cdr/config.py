@@ -184,6 +184,11 @@ class TrackingSpec(Spec):
     )
     experiment: str = Field("cdr-annotate", description="MLflow experiment.")
     enabled: bool = Field(True, description="False: no MLflow run.")
+    parent: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{32}$",
+        description="MLflow run that this one is a part of, quoted: shown below it. None: none.",
+    )
 
 
 class ReportSpec(Spec):

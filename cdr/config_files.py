@@ -1,7 +1,7 @@
 """From YAML files and `--set` to a checked model: where values come from, how problems are told.
 
 1. A field marked `MayBeFile` (a run's `reward`) may name another YAML file; its content takes the
-   place of the name.
+   place of the name, and may name files in its turn.
 2. A value that starts with `./` or `../` inside a file is a path relative to that file.
    Anything else (absolute paths, `s3://...`, hub ids, paths given by `--set`) is taken as it is.
    Files may lie behind a URI or in the package itself: `cdr.text_files`.
@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -51,7 +51,7 @@ _Model = TypeVar("_Model", bound=Spec)
 class MayBeFile:
     """Marks a field that may name a YAML file: `reward: Annotated[RewardSpec, MayBeFile()]`.
 
-    The file's content takes the place of the name.
+    The file's content takes the place of the name. Values of a mapping can be marked too.
     """
 
 
@@ -67,8 +67,7 @@ def load_config(model: type[_Model], path: str | Path, overrides: Sequence[str] 
     Raises:
         ConfigError: with every problem found.
     """
-    named = [name for name, field in model.model_fields.items() if MayBeFile() in field.metadata]
-    return validate_config(model, path, _read_tree(path, overrides, named))
+    return validate_config(model, path, _read_tree(path, overrides, model))
 
 
 def named_file(path: str | Path, overrides: Sequence[str], field: str) -> str | None:
@@ -99,7 +98,7 @@ def read_values(path: str | Path, overrides: Sequence[str], keys: Sequence[str])
         ConfigError: the file cannot be read, or a variable of these keys is not set.
     """
     ours = [item for item in overrides if re.split("[.=]", item, maxsplit=1)[0] in keys]
-    return _read_tree(path, ours, (), keys)
+    return _read_tree(path, ours, None, keys)
 
 
 def validate_config(model: type[_Model], path: str | Path, tree: Mapping[str, Any]) -> _Model:
@@ -135,7 +134,7 @@ def validate_config(model: type[_Model], path: str | Path, tree: Mapping[str, An
 def _read_tree(
     path: str | Path,
     overrides: Sequence[str],
-    may_be_file: Sequence[str],
+    model: type[Spec] | None,
     only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     tree = _read_yaml(str(path))
@@ -147,16 +146,9 @@ def _read_tree(
             [f"--set {item}: expected KEY=VALUE" for item in malformed],
             fix="for example --set pairs.min_margin=0.5",
         )
-    changes = []
-    for item in overrides:
-        key, _, value = item.partition("=")
-        if key in may_be_file:
-            tree[key] = value  # the last one is the file that is read
-        else:
-            changes.append(item)
-    for key in may_be_file:
-        if isinstance(tree.get(key), str):
-            tree[key] = _read_yaml(tree[key])
+    files = _NamedFiles(overrides)
+    tree = files.read_below(tree, model, "") if model is not None else tree
+    changes = [item for item in overrides if item.partition("=")[0] not in files.keys]
     merged = OmegaConf.create(tree)
     problems = []
     for item in changes:
@@ -186,6 +178,55 @@ def _unresolvable(node: Any, prefix: str = "") -> Iterator[str]:
         else:
             if OmegaConf.is_config(value):
                 yield from _unresolvable(value, f"{prefix}{key}.")
+
+
+class _NamedFiles:
+    """Puts the content of the files that a tree names in the place of their names.
+
+    Args:
+        overrides: `field=FILE` items among them name other files; of several the last one.
+
+    Attributes:
+        keys: fields that may name a file, as found; what overrides say of them is a name.
+    """
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        self._given = {key: value for key, _, value in (item.partition("=") for item in overrides)}
+        self.keys: set[str] = set()
+
+    def read_below(self, tree: Mapping[str, Any], model: type[Spec], prefix: str) -> dict[str, Any]:
+        found = dict(tree)
+        for name, field in model.model_fields.items():
+            marks = field.metadata
+            if name in found or (MayBeFile() in marks and f"{prefix}{name}" in self._given):
+                found[name] = self._read(
+                    found.get(name), field.annotation, marks, f"{prefix}{name}"
+                )
+        return found
+
+    def _read(self, value: Any, annotation: Any, marks: Sequence[Any], key: str) -> Any:
+        if get_origin(annotation) is Annotated:
+            annotation, *more = get_args(annotation)
+            marks = [*marks, *more]
+        if MayBeFile() in marks:
+            self.keys.add(key)
+            value = self._given.get(key, value)
+            if isinstance(value, str):
+                value = _read_yaml(value)
+        if not isinstance(value, Mapping):
+            return value
+        if get_origin(annotation) is dict:
+            of = get_args(annotation)[1]
+            return {name: self._read(one, of, (), f"{key}.{name}") for name, one in value.items()}
+        spec = _spec_in(annotation)
+        return value if spec is None else self.read_below(value, spec, f"{key}.")
+
+
+def _spec_in(annotation: Any) -> type[Spec] | None:
+    """Give the model that a field's type is, or holds (`dict[str, Spec]`, `Spec | None`)."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return annotation
+    return next(filter(None, map(_spec_in, get_args(annotation))), None)
 
 
 def _read_yaml(place: str) -> dict[str, Any]:
@@ -263,7 +304,5 @@ def _known_keys(root: type[Spec], location: Sequence[str]) -> list[str]:
     for part in location:
         if isinstance(model, type) and issubclass(model, Spec) and part in model.model_fields:
             model = model.model_fields[part].annotation
-        inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, Spec)]
-        if inner:
-            model = inner[0]
+        model = _spec_in(model) or model
     return list(model.model_fields) if hasattr(model, "model_fields") else []

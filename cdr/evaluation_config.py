@@ -9,7 +9,7 @@ rows differ in. Checked as a whole before Spark starts, as all configs are (`cdr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -18,7 +18,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from cdr.config import RunSpec, SourceSpec, TrackingSpec
 from cdr.config_files import MayBeFile, Spec, load_config
 from cdr.errors import ConfigError
-from cdr.reward_config import Domain, RewardSpec, is_hub_id
+from cdr.reward_config import Domain, RewardSpec, change_reward, is_hub_id
 from cdr.rewardbench import CHAT, CHAT_HARD, PRIOR_SETS, REASONING, SAFETY, SECTIONS
 
 ONE_SECTION = "All"
@@ -195,8 +195,7 @@ class EvaluateConfig(Spec):
         row = self.rows.get(name)
         if row is None:
             return self.reward
-        given = self.reward.model_dump(mode="json", exclude_unset=True)
-        return RewardSpec.model_validate(_merge(given, {"name": name, **row.change}))
+        return change_reward(self.reward, {"name": name, **row.change})
 
     def sections_in_use(self) -> tuple[str, ...]:
         """Give the sections; one for all pairs where the input has no such column."""
@@ -207,13 +206,3 @@ class EvaluateConfig(Spec):
 def load_evaluate_config(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
     """Read an evaluate YAML with everything it names; see `cdr.config_files.load_config`."""
     return load_config(EvaluateConfig, path, overrides)
-
-
-def _merge(tree: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Put changes into a tree; mappings are merged, anything else takes the old value's place."""
-    merged = dict(tree)
-    for key, value in change.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged

@@ -43,6 +43,7 @@ from cdr.tables import (
     BENCHMARK_RESULTS,
     COMPLETIONS,
     LOGPROBS,
+    POLICY_RESULTS,
     REWARDS,
     ROUTES,
     RUNS,
@@ -56,7 +57,7 @@ from cdr.warehouse import Warehouse
 
 BY_ID = tuple(table for table in TABLES if {"dataset", "prompt_id"} <= set(table.names()))
 """Tables whose rows belong to one prompt_id of one dataset."""
-NO_PROMPTS = (RUNS, BENCHMARK_RESULTS, STUDY_PAIRS)
+NO_PROMPTS = (RUNS, BENCHMARK_RESULTS, STUDY_PAIRS, POLICY_RESULTS)
 """Tables that hold nothing of a prompt: configs, counts, versions and accuracies."""
 
 _OWNER = ["dataset", "prompt_id"]

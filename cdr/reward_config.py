@@ -426,3 +426,28 @@ def give_engine(tree: Any) -> Any:
 def load_reward_config(path: str | Path, overrides: Sequence[str] = ()) -> RewardSpec:
     """Read a reward YAML; see `cdr.config_files.load_config`."""
     return load_config(RewardSpec, path, overrides)
+
+
+def change_reward(reward: RewardSpec, change: Mapping[str, Any]) -> RewardSpec:
+    """Give a reward with other values.
+
+    Args:
+        reward: the reward.
+        change: keys with other values, nested as in a reward's file; None takes a value away.
+
+    Raises:
+        ValidationError: the changes do not make a reward.
+    """
+    return RewardSpec.model_validate(
+        _merge(reward.model_dump(mode="json", exclude_unset=True), change)
+    )
+
+
+def _merge(tree: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Put changes into a tree; mappings are merged, anything else takes the old value's place."""
+    merged = dict(tree)
+    for key, value in change.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged

@@ -385,9 +385,42 @@ STUDY_PAIRS = Table(
     ("dataset", "study"),
 )
 
+POLICY_RESULTS = Table(
+    "policy_results",
+    "value × benchmark × policy of a study",
+    ("study", "row", "benchmark", "metric"),
+    (
+        ("study", "string", "Name of the study"),
+        ("row", "string", "The policy, by its row; `start` is the one before training"),
+        ("benchmark", "string", "Name of the benchmark in the study"),
+        (
+            "metric",
+            "string",
+            "win_rate, length_controlled_win_rate, score, turn_1, turn_2 (a tool's judge); "
+            "reward_win_rate, held_out_win_rate (over the start policy); length_chars, "
+            "length_tokens (means)",
+        ),
+        ("title", "string", "How tables name the row"),
+        ("value", "double", "Percent for rates, 1 to 10 for scores; null: nothing was judged"),
+        ("ci_low", "double", "Lower bound of its 95 % interval; null: a length"),
+        ("ci_high", "double", "Upper bound of its 95 % interval; null: a length"),
+        ("questions", "bigint", "Questions it is a mean over"),
+        ("printed", "double", "Published value; null: none"),
+        ("judge", "string", "Who judged: a model, or the reward's name; null: a length"),
+        ("reward_key", "string", "Of the reward that chose the policy's pairs; null for start"),
+        ("learning_rate", "double", "Of the search's best policy; null for start"),
+        ("beta", "double", "Likewise"),
+        ("validation_accuracy", "double", "Likewise, on its own pairs' validation split, 0 to 1"),
+        ("policy", "string", "Folder of the policy, or id of the start policy"),
+        ("answers", "string", "Name of its answers in `completions` and in the tools' files"),
+        ("mlflow_run_id", "string", "MLflow run of the answers; null: tracking was off"),
+        ("run_id", "string", "Run that wrote the row"),
+    ),
+)
+
 TABLES: tuple[Table, ...] = (
     COMPLETIONS, ROUTES, LOGPROBS, VERDICTS, REWARDS, PREFERENCES, UNPAIRED, REJECTS, RUNS,
-    BENCHMARK_PAIRS, BENCHMARK_RESULTS, STUDY_PAIRS,
+    BENCHMARK_PAIRS, BENCHMARK_RESULTS, STUDY_PAIRS, POLICY_RESULTS,
 )  # fmt: skip
 
 

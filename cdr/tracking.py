@@ -277,8 +277,9 @@ class RunTracker:
             commit = git_commit()
             if commit is not None:
                 tags["mlflow.source.git.commit"] = commit
-            if self._parent is not None and self._parent.run_id is not None:
-                tags["mlflow.parentRunId"] = self._parent.run_id
+            above = self._tracking.parent if self._parent is None else self._parent.run_id
+            if above is not None:
+                tags["mlflow.parentRunId"] = above
             run_id = self._begun_before(client, tags["cdr.config_hash"])
             if run_id is None:
                 run = client.create_run(experiment_id, run_name=self._run_name, tags=tags)

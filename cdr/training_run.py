@@ -29,7 +29,8 @@ from cdr.tracking import RunTracker, TableVersion, redact
 from cdr.unreadable import explain_unreadable
 from cdr.warehouse import Warehouse
 
-_NOTE = "mlflow-run.json"
+RUN_NOTE = "mlflow-run.json"
+"""File of an output folder that names the MLflow run of the search."""
 
 
 class TrainingRun(JobRun):
@@ -96,7 +97,7 @@ class TrainingRun(JobRun):
                 run_name=f"simpo {self.pairs.dataset} {self.pairs.reward_name}",
                 config=search,
                 tags=self._tags(),
-                note=self._output / _NOTE,
+                note=self._output / RUN_NOTE,
             )
         )
         self._link()
@@ -129,7 +130,7 @@ class TrainingRun(JobRun):
             config=values,
             tags=self._tags(),
             parent=self._tracker,
-            note=folder / _NOTE,
+            note=folder / RUN_NOTE,
         ) as self._point:
             yield
 

@@ -24,6 +24,7 @@ from cdr.tables import (
     BENCHMARK_RESULTS,
     COMPLETIONS,
     LOGPROBS,
+    POLICY_RESULTS,
     PREFERENCES,
     ROUTES,
     STUDY_PAIRS,
@@ -83,6 +84,7 @@ def whole(
         (BENCHMARK_RESULTS, [{**key, "level": "overall"}]),
         (VERDICTS, verdicts),
         (STUDY_PAIRS, [{"dataset": "demo", "study": "s"}]),
+        (POLICY_RESULTS, [{"study": "s", "row": "start"}]),
     ):
         values = [tuple(row.get(name) for name in table.names()) for row in known]
         warehouse.append(table, spark.createDataFrame(values, table.schema()).coalesce(1))

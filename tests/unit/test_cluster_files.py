@@ -35,6 +35,7 @@ from cdr.tables import (
     BENCHMARK_PAIRS,
     BENCHMARK_RESULTS,
     COMPLETIONS,
+    POLICY_RESULTS,
     STUDY_PAIRS,
     TABLES,
     VERDICTS,
@@ -172,7 +173,9 @@ def test_the_databricks_task_has_valid_arguments(tmp_path: Path) -> None:
     config = load_annotate_config(page_config("databricks.md", tmp_path), arguments.set)
     assert config.warehouse == "/Volumes/main/cdr/files/warehouse"
     # What annotate writes, by the names that SQL knows.
-    others = (COMPLETIONS, VERDICTS, BENCHMARK_PAIRS, BENCHMARK_RESULTS, STUDY_PAIRS)
+    others = (
+        COMPLETIONS, VERDICTS, BENCHMARK_PAIRS, BENCHMARK_RESULTS, STUDY_PAIRS, POLICY_RESULTS
+    )  # fmt: skip
     written = {table.name for table in TABLES} - {table.name for table in others}
     assert config.tables == {name: f"main.cdr.{name}" for name in written}
     assert config.tracking.experiment == f"/Users/{USER}/cdr-annotate"

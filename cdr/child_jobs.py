@@ -1,0 +1,134 @@
+"""Run jobs as child processes, one at a time: signals are handed on, one start works at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Self
+
+from cdr.cli import KEPT
+from cdr.errors import SetupError
+
+_BEGINS = "\n--- started at "
+_TAIL_LINES = 6
+
+
+def search_path() -> str:
+    """Give the PATH of child processes: this Python's folder has the programs it came with."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+@contextlib.contextmanager
+def work_alone(folder: Path) -> Iterator[IO[str]]:
+    """Let one start of a study work in a folder at a time.
+
+    Children inherit the lock, so that one which outlives a killed start still keeps others out.
+
+    Raises:
+        SetupError: another one is at work.
+    """
+    file = folder / "lock"
+    with file.open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise SetupError(
+                "another start of this study, or a stage that it left behind, is still at work",
+                where=str(file),
+                fix="wait for it, or end it and give the same command again; it is of the "
+                f"processes {stream.read().strip() or '?'}",
+            ) from None
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}")
+        stream.flush()
+        yield stream
+
+
+class Children:
+    """Runs child processes, one at a time, and hands them the signals that this process gets.
+
+    They have sessions of their own: a terminal's Ctrl-C would else reach them twice.
+
+    Args:
+        lock: inherited by all of them.
+
+    Attributes:
+        stopped: the signal that came; None so far.
+    """
+
+    def __init__(self, lock: IO[str]) -> None:
+        self.stopped: str | None = None
+        self._lock = lock
+        self._child: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str], log: Path) -> int:
+        """Run a command to its end; give its exit code, negative for a signal.
+
+        Args:
+            command: program and arguments.
+            log: file to which all that it says is added.
+
+        Raises:
+            SetupError: there is no such program.
+        """
+        # A JVM that started this process is not the children's.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYSPARK_GATEWAY_")}
+        environment["PATH"] = search_path()
+        with log.open("ab") as stream:
+            stream.write(f"{_BEGINS}{dt.datetime.now(dt.UTC):%F %T} UTC\n".encode())
+            stream.flush()
+            try:
+                self._child = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=(self._lock.fileno(),),
+                )
+            except OSError as error:
+                raise SetupError(
+                    f"cannot be run: {error.strerror or error}",
+                    where=command[0],
+                    fix="correct launch.spark and launch.train",
+                ) from None
+            self._lock.write(f" {self._child.pid}")
+            self._lock.flush()
+            if self.stopped:  # it came while the child was being made
+                self._child.send_signal(signal.SIGTERM)
+            return self._child.wait()
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.stopped is None:
+            print(f"\nstopping the stage in good order. {KEPT}", flush=True)
+        self.stopped = signal.Signals(number).name
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM)
+
+
+def last_lines(log: Path) -> list[str]:
+    """Give the last lines of a log's last start, from what a job says of its own failure on."""
+    text = log.read_text(encoding="utf-8", errors="replace").rpartition(_BEGINS)[2]
+    said = [line for line in text.splitlines()[1:] if line.strip()]
+    errors = [place for place, line in enumerate(said) if line.startswith("error: ")]
+    return said[errors[-1] :][:_TAIL_LINES] if errors else said[-_TAIL_LINES:]

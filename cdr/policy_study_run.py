@@ -1,0 +1,285 @@
+"""Carry out a policy study: one child process per stage, and a record of each that is done.
+
+    <output>/stages/ROW.STAGE.json     key, what decided it, when, and what came out
+    <output>/configs/ROW.STAGE.yaml    the config that the job was given
+    <output>/logs/ROW.STAGE.log        all that it said
+
+A record with the stage's key means that it is done. A stage that was killed has none and is started
+again, and its job goes on from what it has committed. A child gets SIGTERM where this process is
+asked to stop, and ends as it does on its own.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from cdr.checkpoints import read_json, write_json
+from cdr.child_jobs import Children, last_lines, work_alone
+from cdr.cli import FAILED, KEPT, OK, STOPPED
+from cdr.config import content_hash
+from cdr.errors import Stopped
+from cdr.policy_results import metrics_of, render_results, write_results
+from cdr.policy_study import PolicyPlan, Stage
+from cdr.runs import RunLog, RunRecord, new_run_id
+from cdr.simpo_report import ALL_DOMAINS
+from cdr.tracking import RunTracker, redact, resolve_tracking_uri
+from cdr.training_run import RUN_NOTE
+from cdr.warehouse import Warehouse
+
+_SHOWN_CHANGES = 3
+
+
+def read_record(plan: PolicyPlan, stage: Stage) -> dict[str, Any] | None:
+    """Give the record of a stage that is done under its present key; None where it is not."""
+    file = _record_file(plan, stage)
+    record = read_json(file) if file.exists() else {}
+    is_there = stage.result is None or stage.result.exists()
+    return record if record.get("key") == stage.key and is_there else None
+
+
+def render_plan(plan: PolicyPlan) -> str:
+    """Say which stages there are, and what is done of them."""
+    lines = []
+    for number, stage in enumerate(plan.stages, 1):
+        record = read_record(plan, stage)
+        if record is not None:
+            state = f"done {record['ended_at']}"
+        elif changes := _changes(plan, stage):
+            state = f"to do again: {', '.join(changes)}"
+        else:
+            state = "to do"
+        lines.append(f"{number:>3} of {len(plan.stages)}  {stage.label:<40} {state}")
+    return "\n".join(lines)
+
+
+class PolicyStudyRun:
+    """One start of a study, used as a context manager.
+
+    Args:
+        plan: the checked study.
+
+    Attributes:
+        done: records by label, of the stages that are done.
+        failed: what went wrong by label, of those that ended otherwise or could not begin.
+        exit_code: the job's, after the context has ended.
+    """
+
+    def __init__(self, plan: PolicyPlan) -> None:
+        self.exit_code = FAILED
+        self._plan, self._begun = plan, dt.datetime.now(dt.UTC)
+        self.done: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+        self._carried_out = 0
+        self._tracker = RunTracker(
+            plan.config.tracking,
+            plan.config.warehouse,
+            run_name=plan.config.study,
+            config=plan.config.model_dump(mode="json"),
+            tags={"cdr.job": "policy_study", "cdr.study": plan.config.study},
+            note=plan.output / RUN_NOTE,
+        )
+
+    def __enter__(self) -> Self:
+        for folder in ("stages", "configs", "logs"):
+            (self._plan.output / folder).mkdir(parents=True, exist_ok=True)
+        self._tracker.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self._tracker.__exit__(kind, error, trace)
+        if isinstance(error, Stopped):
+            self.exit_code = STOPPED
+            print(f"\nstopped: {error}. {KEPT}")
+        return isinstance(error, Stopped)
+
+    def carry_out(self, command_of: Callable[[Stage], Sequence[str]]) -> None:
+        """Carry out what is not done; a row that fails does not keep others from theirs.
+
+        Args:
+            command_of: gives a stage's command, to which config and options are added.
+
+        Raises:
+            SetupError: another start of the study is still at work, or a program cannot be run.
+            Stopped: a signal came, or a stage was stopped.
+        """
+        stages = self._plan.stages
+        with work_alone(self._plan.output) as lock, Children(lock) as children:
+            for number, stage in enumerate(stages, 1):
+                if children.stopped:
+                    raise Stopped(children.stopped)
+                print(f"[{number} of {len(stages)}] {stage.row}: {stage.name}", end="", flush=True)
+                if (record := read_record(self._plan, stage)) is not None:
+                    self.done[stage.label] = record
+                    print(", done before", flush=True)
+                elif missing := [label for label in stage.needs if label not in self.done]:
+                    self.failed[stage.label] = f"not begun, as {', '.join(missing)} is not done"
+                    print(f", {self.failed[stage.label]}", flush=True)
+                else:
+                    self._start(stage, children, command_of)
+
+    def _start(
+        self, stage: Stage, children: Children, command_of: Callable[[Stage], Sequence[str]]
+    ) -> None:
+        plan, log = self._plan, _file(self._plan, stage, "logs", "log")
+        changes = _changes(plan, stage)
+        print(f", again: {', '.join(changes)}" if changes else "")
+        print(f"    log: {log}", flush=True)
+        config = self._write_config(stage)
+        command = [*command_of(stage), "--config", str(config), *stage.options]
+        begun = time.monotonic()
+        code = children.run(command, log)
+        spent_s = time.monotonic() - begun
+        if children.stopped or code == STOPPED:
+            raise Stopped(children.stopped or f"{stage.label} was stopped")
+        if code != OK or not (stage.result is None or stage.result.exists()):
+            self.failed[stage.label] = f"exit code {code}; log: {log}"
+            print(f"    failed after {spent_s / 60:.1f} minutes, exit code {code}; its last lines:")
+            print("\n".join(f"    | {line}" for line in last_lines(log)), flush=True)
+            return
+        self.done[stage.label] = _record(plan, stage, spent_s)
+        self._carried_out += 1
+        print(f"    done in {spent_s / 60:.1f} minutes", flush=True)
+
+    def finish(self, warehouse: Warehouse) -> None:
+        """Print, write and record the results there are, and decide the exit code."""
+        plan, tracker = self._plan, self._tracker
+        table = render_results(plan, self.done)
+        file = plan.output / "table.txt"
+        file.write_text(f"{table}\n", encoding="utf-8")
+        tracker.log_summary(metrics_of(plan, self.done))
+        tracker.log_file(file)
+        self._write(warehouse)
+        print(f"\n{table}\n")
+        for label, problem in self.failed.items():
+            print(f"failed      {label}: {problem}")
+        print(f"table       {file}, and policy_results in {plan.config.warehouse}")
+        if command := tracker.ui_command():
+            print(f"MLflow      {command}")
+        self.exit_code = FAILED if self.failed else OK
+
+    def _write(self, warehouse: Warehouse) -> None:
+        config, values = self._plan.config, self._plan.config.model_dump(mode="json")
+        log = RunLog(
+            warehouse,
+            RunRecord(
+                run_id=new_run_id(),
+                job="policy_study",
+                dataset=config.study,
+                reward_name=None,
+                reward_key=None,
+                config_hash=content_hash(values),
+                config=json.dumps(redact(values), sort_keys=True),
+                input_versions={},
+                mlflow_run_id=self._tracker.run_id,
+                started_at=self._begun,
+            ),
+        )
+        rows = write_results(self._plan, self.done, warehouse, log.record.run_id)
+        counts = {
+            "stages": len(self._plan.stages),
+            "stages_done": len(self.done),
+            "stages_carried_out": self._carried_out,
+            "stages_failed": len(self.failed),
+            "results": rows,
+        }
+        problems = "; ".join(f"{label}: {problem}" for label, problem in self.failed.items())
+        log.end("failed" if problems else "done", error=problems or None, counts=counts)
+
+    def _write_config(self, stage: Stage) -> Path:
+        """Write what a stage's job is given."""
+        config = self._plan.config
+        tracking = config.tracking.model_dump(mode="json")
+        if config.tracking.enabled:
+            uri = resolve_tracking_uri(config.tracking, config.warehouse)
+            tracking |= {"uri": uri, "parent": self._tracker.run_id}
+        tree = {**stage.config, "tracking": tracking}
+        if stage.name in config.benchmarks:
+            tree["training_run"] = _training_run(self._plan, stage)
+        file = _file(self._plan, stage, "configs", "yaml")
+        # A store's address may hold a password.
+        file.unlink(missing_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return file
+
+
+def _training_run(plan: PolicyPlan, stage: Stage) -> str | None:
+    """Give the MLflow run that trained a stage's policy; None for the start policy."""
+    by_label = {one.label: one for one in plan.stages}
+    for label in stage.needs:
+        output = by_label[label].config.get("output")
+        if output is not None and (note := Path(output) / RUN_NOTE).exists():
+            return str(read_json(note)["run_id"])
+    return None
+
+
+def _record(plan: PolicyPlan, stage: Stage, spent_s: float) -> dict[str, Any]:
+    record = {
+        "key": stage.key,
+        "decisive": stage.decisive,
+        "ended_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC",
+        "spent_s": round(spent_s, 1),
+        "outcome": _read_outcome(stage),
+    }
+    write_json(_record_file(plan, stage), record)
+    return record
+
+
+def _read_outcome(stage: Stage) -> dict[str, Any]:
+    """Take from a stage's result what the table of the study shows."""
+    if stage.result is None:
+        return {}
+    found = read_json(stage.result)
+    if stage.job != "train_simpo":
+        return found
+    best = found["points"][found["best"]]
+    validation = (best["validation"] or {}).get(ALL_DOMAINS, {})
+    return {
+        "policy": str(Path(stage.config["output"]) / "policy"),
+        "learning_rate": best["config"]["learning_rate"],
+        "beta": best["config"]["beta"],
+        "validation_accuracy": validation.get("accuracy"),
+    }
+
+
+def _changes(plan: PolicyPlan, stage: Stage) -> list[str]:
+    """Say what has changed since a stage was done under another key."""
+    file = _record_file(plan, stage)
+    if not file.exists():
+        return []
+    before = dict(_leaves(read_json(file)["decisive"]))
+    now = dict(_leaves(json.loads(json.dumps(stage.decisive))))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not names:
+        return ["its result is gone"]
+    more = f"and {len(names) - _SHOWN_CHANGES} more" if len(names) > _SHOWN_CHANGES else None
+    return [f"other {name}" for name in names[:_SHOWN_CHANGES]] + ([more] if more else [])
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, tree
+
+
+def _file(plan: PolicyPlan, stage: Stage, folder: str, ending: str) -> Path:
+    return plan.output / folder / f"{stage.label}.{ending}"
+
+
+def _record_file(plan: PolicyPlan, stage: Stage) -> Path:
+    return _file(plan, stage, "stages", "json")

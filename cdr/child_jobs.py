@@ -41,11 +41,12 @@ def work_alone(folder: Path) -> Iterator[IO[str]]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             stream.seek(0)
+            processes = stream.read().strip() or "?"
             raise SetupError(
                 "another start of this study, or a stage that it left behind, is still at work",
                 where=str(file),
-                fix="wait for it, or end it and give the same command again; it is of the "
-                f"processes {stream.read().strip() or '?'}",
+                fix=f"wait for it, or end it and give the same command again; one of the processes "
+                f"{processes}",
             ) from None
         stream.truncate(0)
         stream.write(f"{os.getpid()}")

@@ -27,6 +27,7 @@ from cdr.evaluation_config import (
     QuickSpec,
     StatisticsSpec,
 )
+from cdr.policy_study_config import PolicyStudyConfig, PolicyStudyTrackingSpec
 from cdr.reward_config import ApiSpec, ModelSpec, RewardSpec
 from cdr.sampling import GenerateConfig
 from cdr.simpo_config import SimpoConfig, SimpoTrackingSpec
@@ -37,13 +38,13 @@ _INTRODUCTION = """\
 
 <!-- Written by `python -m cdr.config_reference`. Edit the descriptions in cdr/config.py,
 cdr/reward_config.py, cdr/evaluation_config.py, cdr/study_config.py, cdr/simpo_config.py,
-cdr/downstream_config.py and cdr/sampling.py. -->
+cdr/downstream_config.py, cdr/sampling.py and cdr/policy_study_config.py. -->
 
 A run is one YAML file in `conf/annotate/`, a reward one in `conf/rewards/`; a run names its reward
 by file. So does an evaluation (`conf/evaluate/`, `conf/benchmark/`); its keys, those of a study
-(`conf/study/`), a training (`conf/train/`), a downstream run (`conf/downstream/`) and a sampling
-run (`conf/generate/`) come last. Unknown keys are errors, and all problems of a file are reported
-together, before Spark starts.
+(`conf/study/`), a training (`conf/train/`), a downstream run (`conf/downstream/`), a sampling run
+(`conf/generate/`) and a policy study (`conf/study/table2.yaml`) come last. Unknown keys are errors,
+and all problems of a file are reported together, before Spark starts.
 
 ## Where values come from
 
@@ -101,6 +102,13 @@ _SAMPLING = """
 `policy` takes the keys of `reward.models.<role>`, and `tables` is as above.
 """
 
+_POLICY_STUDY = """
+## Keys of a policy study
+
+`annotate`, `train` and each of `benchmarks` name a file, or hold its keys, as above;
+`--set train.training.epochs=2` changes one of them. MLflow's experiment is `cdr-policy-study`.
+"""
+
 _BOUNDS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 
 
@@ -123,7 +131,11 @@ def render_config_reference() -> str:
     downstream = _sections(DownstreamConfig, "", "A downstream run", told)
     parts = [_INTRODUCTION, *run, _EVALUATION, *evaluation, _STUDY, *study, _TRAINING, *training]
     sampling = _sections(GenerateConfig, "", "A sampling run", (ModelSpec, ApiSpec))
-    return "".join([*parts, _DOWNSTREAM, *downstream, _SAMPLING, *sampling])
+    parts += [_DOWNSTREAM, *downstream, _SAMPLING, *sampling]
+    told = (AnnotateConfig, SimpoConfig, DownstreamConfig, RewardSpec, PolicyStudyTrackingSpec)
+    return "".join(
+        [*parts, _POLICY_STUDY, *_sections(PolicyStudyConfig, "", "A policy study", told)]
+    )
 
 
 def _sections(

@@ -175,18 +175,16 @@ class _Planner:
                 self._check_benchmark(name, benchmark)
 
     def plan_row(self, row: str) -> Iterator[Stage]:
-        """Lay out a row's stages."""
-        train: Stage | None = None
-        if row != START:
-            with self._at(f"rows.{row}"):
-                annotate, plan = self._annotate(row)
-                yield annotate
-                train = self._train(row, annotate, plan)
-                yield train
-            if train is None:
-                return
-        for name in self._config.benchmarks:
-            yield self._answer(row, name, train)
+        """Lay out a row's stages; those that cannot be laid out are a problem."""
+        names = self._config.benchmarks
+        if row == START:
+            yield from (self._answer(row, name, None) for name in names)
+            return
+        with self._at(f"rows.{row}"):
+            annotate, plan = self._annotate(row)
+            train = self._train(row, annotate, plan)
+            yield from (annotate, train)
+            yield from (self._answer(row, name, train) for name in names)
 
     def _annotate(self, row: str) -> tuple[Stage, AnnotationPlan]:
         config = self._config

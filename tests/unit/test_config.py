@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from cdr.config import AnnotateConfig, PairSpec, content_hash, load_annotate_config
+from cdr.config_files import MayBeFile, Spec, load_config
 from cdr.config_reference import render_config_reference
 from cdr.errors import ConfigError
 from cdr.reward_config import RewardSpec, is_hub_id, load_reward_config
@@ -154,6 +155,44 @@ def test_reward_may_be_a_file_beside_the_run(write: Write) -> None:
     write(reward_tree(name="from-file"), "rewards/r.yaml")
     run = write(annotate_tree(reward="../rewards/r.yaml"), "annotate/run.yaml")
     assert load_annotate_config(run).reward.name == "from-file"
+
+
+class Leaf(Spec):
+    value: int = 0
+    other: str = ""
+
+
+class Branch(Spec):
+    leaf: Annotated[Leaf | None, MayBeFile()] = None
+
+
+class Root(Spec):
+    branch: Annotated[Branch, MayBeFile()]
+    leaves: dict[str, Annotated[Leaf, MayBeFile()]]
+
+
+def test_files_name_files_at_any_depth_and_set_swaps_each(tmp_path: Path) -> None:
+    folder = tmp_path / "below"
+    folder.mkdir()
+    (folder / "leaf.yaml").write_text("value: 1\nother: ./text")
+    (folder / "leaf2.yaml").write_text("value: 2")
+    (folder / "branch.yaml").write_text("leaf: ./leaf.yaml")
+    root = tmp_path / "root.yaml"
+    root.write_text("branch: ./below/branch.yaml\nleaves: {a: ./below/leaf.yaml, b: {value: 5}}")
+    loaded = load_config(Root, root)
+    # A path in a file is relative to that file.
+    leaf = Leaf(value=1, other=str(folder / "text"))
+    assert (loaded.branch.leaf, loaded.leaves) == (leaf, {"a": leaf, "b": Leaf(value=5)})
+    swapped = [f"branch.leaf={folder}/leaf2.yaml", "branch.leaf.other=x", "leaves.a.value=7"]
+    loaded = load_config(Root, root, swapped)
+    assert loaded.branch.leaf == Leaf(value=2, other="x")
+    assert loaded.leaves["a"] == Leaf(value=7, other=leaf.other)
+    assert problems_of(load_config, Root, root, ["leaves.a.valu=7"]) == (
+        "leaves.a.valu: unknown key; did you mean 'value'?",
+    )
+    assert problems_of(load_config, Root, root, ["leaves.b=nowhere.yaml"]) == (
+        "nowhere.yaml: no such file",
+    )
 
 
 def test_set_reward_swaps_the_file_and_later_overrides_apply_to_it(write: Write) -> None:

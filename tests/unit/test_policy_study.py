@@ -17,11 +17,16 @@ from typing import Any
 import pytest
 import yaml
 
+from cdr.config import load_annotate_config
+from cdr.downstream_config import load_downstream_config
 from cdr.errors import ConfigError, SetupError
+from cdr.plan import plan_reward
 from cdr.policy_results import list_results, render_results
 from cdr.policy_study import PolicyPlan, Stage, plan_policy_study
 from cdr.policy_study_config import PolicyStudyConfig, load_policy_study_config
 from cdr.policy_study_run import PolicyStudyRun, read_record, render_plan
+from cdr.simpo_config import load_simpo_config
+from cdr.warehouse import Warehouse
 from tests.tokenizers import make_smollm2
 from tests.unit.test_config import COMMIT, CONF, required_variables
 
@@ -112,8 +117,10 @@ def load(tmp_path: Path, tree: dict[str, Any]) -> Callable[..., PolicyStudyConfi
     return load
 
 
-def carry_out(plan: PolicyPlan, folder: Path) -> tuple[PolicyStudyRun, list[str]]:
-    """Carry a study out with stub jobs; give its run and what ran."""
+def carry_out(
+    plan: PolicyPlan, folder: Path, warehouse: Warehouse | None = None
+) -> tuple[PolicyStudyRun, list[str]]:
+    """Carry a study out with stub jobs, and into the warehouse; give its run and what ran."""
     (folder / "ran").write_text("")
 
     def command_of(stage: Stage) -> list[str]:
@@ -121,6 +128,8 @@ def carry_out(plan: PolicyPlan, folder: Path) -> tuple[PolicyStudyRun, list[str]
 
     with PolicyStudyRun(plan) as run:
         run.carry_out(command_of)
+        if warehouse is not None:
+            run.finish(warehouse)
     return run, (folder / "ran").read_text().splitlines()
 
 
@@ -228,8 +237,17 @@ def test_a_failed_row_leaves_the_others_and_the_same_command_goes_on(
     assert {r["model"].split(".")[1]: r["training_run"] for r in results} == {
         "start": None, "safe": "f" * 32
     }  # fmt: skip
-    adapter = yaml.safe_load((tmp_path / "out/configs/safe.bench.yaml").read_text())["policy"]
-    assert Path(adapter["adapter"]).parent.name.startswith("safe-")
+    # What the jobs are given is what they take.
+    configs = tmp_path / "out" / "configs"
+    annotated = load_annotate_config(configs / "safe.annotate.yaml")
+    reward, pairs = plan_reward(annotated.reward).key, annotated.pairs.key()
+    assert (annotated.reward.name, reward) == ("small.safe", plan.rewards["safe"])
+    trained = load_simpo_config(configs / "safe.train.yaml")
+    asked = trained.preferences
+    assert (asked.dataset, asked.reward, asked.selection) == ("d", reward, pairs)
+    answered = load_downstream_config(configs / "safe.bench.yaml")
+    assert answered.policy.adapter == f"{trained.output}/policy"
+    assert load_downstream_config(configs / "start.bench.yaml").policy.adapter is None
     assert "-" in render_results(plan, run.done).splitlines()[1]
 
     (tmp_path / "fail").unlink()
@@ -334,6 +352,29 @@ def test_all_that_is_missing_is_told_before_anything_is_started(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="no row 'other'"):
         plan_policy_study(config, rows=["other"])
+
+
+def test_a_tool_judges_the_start_policy_too_and_its_key_is_looked_for(
+    tree: dict[str, Any],
+    load: Callable[..., PolicyStudyConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "settings.yaml").write_text("")
+    judge = {"python": sys.executable, "folder": str(tmp_path), "settings": "settings.yaml"}
+    tree["benchmarks"]["bench"]["judge"] = judge
+    tree["judged_by"], tree["rows"]["plain"] = "tool", {}
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="bench: the environment variable OPENAI_API_KEY is not"):
+        plan_policy_study(load())
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    before = {stage.label: stage for stage in plan_policy_study(load()).stages}
+    assert before["start.bench"].options == before["safe.bench"].options == ("--judge",)
+    assert "secret" not in json.dumps([stage.config for stage in before.values()])
+    other = keys(load("benchmarks.bench.judge.model=better"))
+    assert {label for label in other if other[label] != before[label].key} == {
+        "start.bench", "plain.bench", "safe.bench"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -132,10 +132,9 @@ def render_config_reference() -> str:
     parts = [_INTRODUCTION, *run, _EVALUATION, *evaluation, _STUDY, *study, _TRAINING, *training]
     sampling = _sections(GenerateConfig, "", "A sampling run", (ModelSpec, ApiSpec))
     parts += [_DOWNSTREAM, *downstream, _SAMPLING, *sampling]
-    told = (AnnotateConfig, SimpoConfig, DownstreamConfig, RewardSpec, PolicyStudyTrackingSpec)
-    return "".join(
-        [*parts, _POLICY_STUDY, *_sections(PolicyStudyConfig, "", "A policy study", told)]
-    )
+    parts_of = (AnnotateConfig, SimpoConfig, DownstreamConfig, RewardSpec, PolicyStudyTrackingSpec)
+    policy_study = _sections(PolicyStudyConfig, "", "A policy study", parts_of)
+    return "".join([*parts, _POLICY_STUDY, *policy_study])
 
 
 def _sections(

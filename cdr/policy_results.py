@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cdr.policy_study import TRAIN, PolicyPlan
-from cdr.policy_study_config import START
+from cdr.policy_study import PolicyPlan
+from cdr.policy_study_config import START, TRAIN
 from cdr.tables import POLICY_RESULTS
 from cdr.text_table import render_table
 from cdr.warehouse import Warehouse

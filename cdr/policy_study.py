@@ -36,19 +36,17 @@ from cdr.downstream_config import DownstreamConfig
 from cdr.errors import CdrError, ConfigError, InputError, SetupError
 from cdr.judging import check_judge
 from cdr.plan import AnnotationPlan, plan_annotation, plan_reward
-from cdr.policy_study_config import START, PolicyStudyConfig
+from cdr.policy_study_config import ANNOTATE, START, TRAIN, PolicyStudyConfig
 from cdr.registry import load_annotation_plan
 from cdr.sampling import plan_sampling
 from cdr.simpo_config import SimpoConfig
 from cdr.text_files import is_uri
 from cdr.weights import Source, hash_source
 
-ANNOTATE, TRAIN = "annotate", "train"
-"""Names of stages; those that answer are named after their benchmark."""
-
 _SHORT = 8
-# How a judge is asked, not what.
+# How a judge is asked, and how a policy is run: neither decides what comes out.
 _NOT_OF_THE_VERDICT = {"python", "parallel", "api_key_variable"}
+_NOT_OF_THE_POLICY = {"batch_tokens", "memory_fraction", "tensor_parallel"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Stage:
 
     Args:
         row: the policy.
-        name: `annotate`, `train`, or a benchmark.
+        name: `annotate`, `train`, or the benchmark's.
         job: module of jobs/.
         config: what the job is given, JSON-able; the run adds where MLflow keeps it.
         decisive: what decides the outcome, by a name that says to people what it is.
@@ -209,7 +207,7 @@ class _Planner:
             "warehouse": _whole(config.warehouse),
             "tables": config.tables,
             "dataset": plan.dataset,
-            "input": _dump(config.annotate.input),
+            "input": config.annotate.input.model_dump(mode="json"),
             "completions": self._completions,
             "reward": plan.reward.key,
             "pairs": plan.selection_key,
@@ -239,10 +237,9 @@ class _Planner:
 
     def _answer(self, row: str, name: str, train: Stage | None) -> Stage:
         config, benchmark = self._config, self._config.benchmarks[name]
-        policy = _dump(benchmark.policy)
         answers = {
             "policy": self._start if train is None else train.key,
-            "run as": policy,
+            "run as": benchmark.policy.model_dump(mode="json", exclude=_NOT_OF_THE_POLICY),
             "template": benchmark.template,
             "special_tokens_in_text": benchmark.special_tokens_in_text,
             "sampling": benchmark.sampling.model_dump(mode="json"),
@@ -250,7 +247,7 @@ class _Planner:
         }
         # Another policy, or other sampling, is another dataset of `completions`.
         dataset = f"{config.study}.{row}.{content_hash(answers)[:_SHORT]}"
-        folder = self._output / "answers" / name
+        folder, policy = self._output / "answers" / name, _dump(benchmark.policy)
         if train is not None:
             trained = str(Path(train.config["output"]) / "policy")
             is_adapter = config.train.training.lora is not None
@@ -269,7 +266,7 @@ class _Planner:
             assert benchmark.judge is not None
             options = ("--judge",)
             judge = benchmark.judge.model_dump(mode="json", exclude=_NOT_OF_THE_VERDICT)
-            decisive |= {"judge": judge, "statistics": _dump(benchmark.statistics)}
+            decisive |= {"judge": judge, "statistics": benchmark.statistics.model_dump()}
         elif train is None:
             file = answers_file(str(folder), benchmark.benchmark, dataset)
             self._start_answers[name] = (dataset, str(file))

@@ -29,6 +29,9 @@ from cdr.simpo_config import SimpoConfig
 START: Final = "start"
 """Row of the policy before training."""
 
+ANNOTATE, TRAIN = STAGES = ("annotate", "train")
+"""Names of stages; those that answer are named after their benchmark."""
+
 TOOL_COLUMNS: Mapping[Benchmark, Mapping[str, str]] = {
     "alpaca_eval": {
         "length_controlled_win_rate": "LC", "win_rate": "WR", "length_chars": "length"
@@ -99,7 +102,8 @@ class PolicyStudyConfig(Spec):
         default_factory=dict, description="Other places per table: a path, or a catalog name."
     )
     output: str = Field(
-        description="Local folder of policies, answers, logs, and the records of what is done."
+        description="Folder of policies, answers, logs, and the records of what is done: on this "
+        "machine, and where the cluster's nodes see it too, as they answer with the policies."
     )
     annotate: Annotated[AnnotateConfig, MayBeFile()] = Field(
         description="The completions, the rule that chooses pairs, and the default reward, as in "
@@ -142,8 +146,8 @@ class PolicyStudyConfig(Spec):
         if isinstance(parts["annotate"], Mapping):
             parts["annotate"] = {**parts["annotate"], **shared}
         if isinstance(parts["train"], Mapping):
-            dataset = (parts["annotate"] or {}).get("dataset", "")
-            places = {"preferences": {"dataset": dataset}, "output": tree.get("output", "")}
+            # Which pairs, and where to, is decided row by row.
+            places = {"preferences": {"dataset": ""}, "output": tree.get("output", "")}
             parts["train"] = {**parts["train"], **shared, **places}
         benchmarks = tree.get("benchmarks")
         if isinstance(benchmarks, Mapping):
@@ -198,6 +202,8 @@ class PolicyStudyConfig(Spec):
     def _benchmark_problems(self) -> list[str]:
         problems, start = [], self.train.start
         for name, benchmark in self.benchmarks.items():
+            if name in STAGES:
+                problems.append(f"benchmarks.{name}: is the name of a stage, take another")
             policy = benchmark.policy
             if (policy.path, policy.revision) != (start.path, start.revision) or policy.adapter:
                 problems.append(

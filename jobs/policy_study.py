@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdr.cli import EXIT_CODES, OK, end, make_parser, run_job
-from cdr.policy_study import TRAIN, Stage, plan_policy_study
-from cdr.policy_study_config import LaunchSpec, load_policy_study_config
+from cdr.policy_study import Stage, plan_policy_study
+from cdr.policy_study_config import TRAIN, LaunchSpec, load_policy_study_config
 from cdr.policy_study_run import PolicyStudyRun, render_plan
 from cdr.session import get_session
 from cdr.warehouse import Warehouse
@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="examples of --set:\n"
         "  --set 'train.search.betas=[10]'                  a smaller search\n"
         "  --set benchmarks.arena-hard.judge.model=NAME     another judge\n"
-        "  --set rows.adaptive.change.routing.mode=fixed    one row's reward, and only that row\n"
+        "  --set rows.vanilla.change.reduction=mean         one row's reward, and only that row\n"
         "all keys: docs/reference/config.md; a walk through: docs/how-to/policy-study.md\n\n"
         + EXIT_CODES,
     )

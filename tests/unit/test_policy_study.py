@@ -199,7 +199,11 @@ def test_a_change_is_done_again_where_it_decides_and_nowhere_else(
     assert (
         changed("annotate.run.task_tokens=5", "train.run.threads=1", "rows.safe.title=x") == set()
     )
-    assert changed("tracking.experiment=other", "benchmarks.bench.run.request_tokens=512") == set()
+    resources = [
+        "benchmarks.bench.run.request_tokens=512",
+        "benchmarks.bench.policy.batch_tokens=99",
+    ]
+    assert changed("tracking.experiment=other", *resources) == set()
     assert changed("rows.safe.change.routing.domain=math_code") == {
         "safe.annotate", "safe.train", "safe.bench"
     }  # fmt: skip

@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo study-demo peer-check report-demo loop-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo study-demo peer-check report-demo loop-demo policy-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -153,6 +153,9 @@ $(DONE)/comparison: $(DONE)/held-out-start $(DONE)/held-out-plain $(DONE)/held-o
 	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/loop.yaml --set warehouse=$(LOOP)
 	@$(BIN)/spark-sql --properties-file conf/cluster/local.conf \
 	  --hivevar warehouse=$(abspath $(LOOP)) -f conf/demo/loop.sql > $(LOOP)/comparison.txt && touch $@
+
+policy-demo: setup java ## Which reward makes the best policy, small: a quarter of an hour (ARGS=--dry-run)
+	@$(BIN)/python -m jobs.policy_study --config conf/study/table2-small.yaml $(ARGS)
 
 # Two files of tests at a time, in their order: a job of these tests keeps about one core busy. Threads
 # that wait must not spin then.

@@ -169,8 +169,7 @@ class _Planner:
                 start.checksum or hash_source(source)
             )  # fmt: skip
         for name, benchmark in config.benchmarks.items():
-            with self._at(f"benchmarks.{name}"):
-                self._check_benchmark(name, benchmark)
+            self._check_benchmark(name, benchmark)
 
     def plan_row(self, row: str) -> Iterator[Stage]:
         """Lay out a row's stages; those that cannot be laid out are a problem."""
@@ -281,16 +280,20 @@ class _Planner:
         )
 
     def _check_benchmark(self, name: str, benchmark: DownstreamConfig) -> None:
-        questions = read_questions(benchmark.benchmark, benchmark.questions)
-        told = [(question.id, question.turns, question.category) for question in questions]
-        self._questions[name] = content_hash(told)
-        plan_sampling(benchmark.sampling_config("check", "-", benchmark.sampling.temperature))
+        key = f"benchmarks.{name}"
+        with self._at(f"{key}.questions"):
+            questions = read_questions(benchmark.benchmark, benchmark.questions)
+            told = [(question.id, question.turns, question.category) for question in questions]
+            self._questions[name] = content_hash(told)
+        with self._at(f"{key}.policy"):
+            plan_sampling(benchmark.sampling_config("check", "-", benchmark.sampling.temperature))
         if self._config.judged_by == "tool":
-            check_judge(benchmark)
+            with self._at(f"{key}.judge"):
+                check_judge(benchmark)
             return
-        self._compared_by[name] = {
-            role: plan_reward(reward).key for role, reward in benchmark.rewards().items()
-        }
+        for role, reward in benchmark.rewards().items():
+            with self._at(f"{key}.{role}"):
+                self._compared_by.setdefault(name, {})[role] = plan_reward(reward).key
 
     def _check_programs(self) -> None:
         launch = self._config.launch

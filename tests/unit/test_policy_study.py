@@ -350,7 +350,7 @@ def test_all_that_is_missing_is_told_before_anything_is_started(
         plan_policy_study(config)
     found = [problem.split(":")[0] for problem in caught.value.problems]
     assert sorted(found) == [
-        "annotate.input", "benchmarks.bench", "launch.train", "rows.plain", "rows.safe"
+        "annotate.input", "benchmarks.bench.questions", "launch.train", "rows.plain", "rows.safe"
     ]  # fmt: skip
     assert "version: is required" in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -369,7 +369,7 @@ def test_a_tool_judges_the_start_policy_too_and_its_key_is_looked_for(
     tree["benchmarks"]["bench"]["judge"] = judge
     tree["judged_by"], tree["rows"]["plain"] = "tool", {}
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="bench: the environment variable OPENAI_API_KEY is not"):
+    with pytest.raises(ConfigError, match="judge: the environment variable OPENAI_API_KEY is not"):
         plan_policy_study(load())
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     before = {stage.label: stage for stage in plan_policy_study(load()).stages}

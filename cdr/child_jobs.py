@@ -45,12 +45,9 @@ def work_alone(folder: Path) -> Iterator[IO[str]]:
             raise SetupError(
                 "another start of this study, or a stage that it left behind, is still at work",
                 where=str(file),
-                fix=f"wait for it, or end it and give the same command again; one of the processes "
-                f"{processes}",
+                fix="wait for it, or end it and give the same command again; study and stage are "
+                f"the processes {processes}",
             ) from None
-        stream.truncate(0)
-        stream.write(f"{os.getpid()}")
-        stream.flush()
         yield stream
 
 
@@ -113,7 +110,8 @@ class Children:
                     where=command[0],
                     fix="correct launch.spark and launch.train",
                 ) from None
-            self._lock.write(f" {self._child.pid}")
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()} {self._child.pid}")
             self._lock.flush()
             if self.stopped:  # it came while the child was being made
                 self._child.send_signal(signal.SIGTERM)

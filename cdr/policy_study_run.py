@@ -11,6 +11,7 @@ asked to stop, and ends as it does on its own.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import time
@@ -28,6 +29,7 @@ from cdr.config import content_hash
 from cdr.errors import Stopped
 from cdr.policy_results import metrics_of, render_results, write_results
 from cdr.policy_study import PolicyPlan, Stage
+from cdr.policy_study_config import TRAIN
 from cdr.runs import RunLog, RunRecord, new_run_id
 from cdr.simpo_report import ALL_DOMAINS
 from cdr.tracking import RunTracker, redact, resolve_tracking_uri
@@ -66,6 +68,9 @@ class PolicyStudyRun:
     Args:
         plan: the checked study.
 
+    Raises:
+        SetupError: on entry, if another start is still at work, or MLflow's store cannot be used.
+
     Attributes:
         done: records by label, of the stages that are done.
         failed: what went wrong by label, of those that ended otherwise or could not begin.
@@ -90,7 +95,11 @@ class PolicyStudyRun:
     def __enter__(self) -> Self:
         for folder in ("stages", "configs", "logs"):
             (self._plan.output / folder).mkdir(parents=True, exist_ok=True)
-        self._tracker.__enter__()
+        with contextlib.ExitStack() as stack:
+            # First: the MLflow run is that of the start which is at work.
+            self._lock = stack.enter_context(work_alone(self._plan.output))
+            stack.enter_context(self._tracker)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
@@ -99,7 +108,7 @@ class PolicyStudyRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        self._tracker.__exit__(kind, error, trace)
+        self._open.__exit__(kind, error, trace)
         if isinstance(error, Stopped):
             self.exit_code = STOPPED
             print(f"\nstopped: {error}. {KEPT}")
@@ -112,11 +121,11 @@ class PolicyStudyRun:
             command_of: gives a stage's command, to which config and options are added.
 
         Raises:
-            SetupError: another start of the study is still at work, or a program cannot be run.
+            SetupError: a program cannot be run.
             Stopped: a signal came, or a stage was stopped.
         """
         stages = self._plan.stages
-        with work_alone(self._plan.output) as lock, Children(lock) as children:
+        with Children(self._lock) as children:
             for number, stage in enumerate(stages, 1):
                 if children.stopped:
                     raise Stopped(children.stopped)
@@ -142,7 +151,7 @@ class PolicyStudyRun:
         begun = time.monotonic()
         code = children.run(command, log)
         spent_s = time.monotonic() - begun
-        if children.stopped or code == STOPPED:
+        if code == STOPPED or (children.stopped and code != OK):
             raise Stopped(children.stopped or f"{stage.label} was stopped")
         if code != OK or not (stage.result is None or stage.result.exists()):
             self.failed[stage.label] = f"exit code {code}; log: {log}"
@@ -207,7 +216,7 @@ class PolicyStudyRun:
             tracking |= {"uri": uri, "parent": self._tracker.run_id}
         tree = {**stage.config, "tracking": tracking}
         if stage.name in config.benchmarks:
-            tree["training_run"] = _training_run(self._plan, stage)
+            tree["training_run"] = self._training_run(stage)
         file = _file(self._plan, stage, "configs", "yaml")
         # A store's address may hold a password.
         file.unlink(missing_ok=True)
@@ -215,15 +224,15 @@ class PolicyStudyRun:
         file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
         return file
 
-
-def _training_run(plan: PolicyPlan, stage: Stage) -> str | None:
-    """Give the MLflow run that trained a stage's policy; None for the start policy."""
-    by_label = {one.label: one for one in plan.stages}
-    for label in stage.needs:
-        output = by_label[label].config.get("output")
-        if output is not None and (note := Path(output) / RUN_NOTE).exists():
-            return str(read_json(note)["run_id"])
-    return None
+    def _training_run(self, stage: Stage) -> str | None:
+        """Give the MLflow run that trained a stage's policy; None without one in this store."""
+        by_label = {one.label: one for one in self._plan.stages}
+        for label in stage.needs:
+            note = Path(by_label[label].config.get("output", "")) / RUN_NOTE
+            if by_label[label].name == TRAIN and note.exists():
+                run_id = str(read_json(note)["run_id"])
+                return run_id if self._tracker.has_run(run_id) else None
+        return None
 
 
 def _record(plan: PolicyPlan, stage: Stage, spent_s: float) -> dict[str, Any]:

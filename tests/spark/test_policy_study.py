@@ -82,6 +82,14 @@ def test_results_are_in_delta_and_the_stages_below_the_studys_run(
     metrics = open_store(uri).get_run(study).data.metrics
     assert metrics["plain/bench/reward_win_rate"] == 60
     assert config["tracking"]["parent"] == study
+    # A policy's answers are linked with the run that trained it (the stub names the study's).
+    answers = {
+        name: yaml.safe_load((tmp_path / f"out/configs/{name}.bench.yaml").read_text())
+        for name in ("start", "safe")
+    }
+    assert {name: given["training_run"] for name, given in answers.items()} == {
+        "start": None, "safe": study
+    }  # fmt: skip
     with RunTracker(TrackingSpec(**config["tracking"]), "w", run_name="x", config={}) as stage:
         pass
     assert open_store(uri).get_run(stage.run_id).data.tags["mlflow.parentRunId"] == study

@@ -1,10 +1,11 @@
-"""Run jobs as child processes, one at a time: signals are handed on, one start works at a time."""
+"""One start at a time in a folder, and jobs as its child processes, which get its signals."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from typing import IO, Any, Self
 from cdr.cli import KEPT
 from cdr.errors import SetupError
 
+_logger = logging.getLogger(__name__)
+
 _BEGINS = "\n--- started at "
 _TAIL_LINES = 6
 
@@ -28,9 +31,11 @@ def search_path() -> str:
 
 @contextlib.contextmanager
 def work_alone(folder: Path) -> Iterator[IO[str]]:
-    """Let one start of a study work in a folder at a time.
+    """Let one start at a time work in a folder.
 
-    Children inherit the lock, so that one which outlives a killed start still keeps others out.
+    Args:
+        folder: its file `lock` names the processes. Children that inherit the file hold the lock
+            too: one that outlives a killed start keeps others out.
 
     Raises:
         SetupError: another one is at work.
@@ -43,12 +48,21 @@ def work_alone(folder: Path) -> Iterator[IO[str]]:
             stream.seek(0)
             processes = stream.read().strip() or "?"
             raise SetupError(
-                "another start of this study, or a stage that it left behind, is still at work",
-                where=str(file),
-                fix="wait for it, or end it and give the same command again; study and stage are "
-                f"the processes {processes}",
+                "another start, or what it left behind, is still at work in this folder",
+                where=str(folder),
+                fix="wait for it, or end it and give the same command again; it is of these "
+                f"processes: {processes}",
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            _logger.warning("%s cannot be locked, see that it is worked in once: %s", folder, error)
+        _name_processes(stream, os.getpid())
         yield stream
+
+
+def _name_processes(stream: IO[str], *processes: int) -> None:
+    stream.truncate(0)
+    stream.write(" ".join(map(str, processes)))
+    stream.flush()
 
 
 class Children:
@@ -110,9 +124,7 @@ class Children:
                     where=command[0],
                     fix="correct launch.spark and launch.train",
                 ) from None
-            self._lock.truncate(0)
-            self._lock.write(f"{os.getpid()} {self._child.pid}")
-            self._lock.flush()
+            _name_processes(self._lock, os.getpid(), self._child.pid)
             if self.stopped:  # it came while the child was being made
                 self._child.send_signal(signal.SIGTERM)
             return self._child.wait()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cdr.checkpoints import read_json
+from cdr.child_jobs import work_alone
 from cdr.config import JobSpec, content_hash
 from cdr.errors import CdrError, ConfigError, InputError, TableError
 from cdr.export import MANIFEST, PairSet, Target, export_pairs, find_pairs
@@ -90,6 +91,8 @@ class TrainingRun(JobRun):
         # What limits this start does not make another search.
         search = {key: value for key, value in values.items() if key not in ("run", "tracking")}
         self._output.mkdir(parents=True, exist_ok=True)
+        # A launcher that is killed leaves its processes behind, at work on the same checkpoints.
+        stack.enter_context(work_alone(self._output))
         self._tracker = stack.enter_context(
             RunTracker(
                 config.tracking,

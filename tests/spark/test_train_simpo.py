@@ -16,6 +16,7 @@ from pyspark.sql import SparkSession
 
 pytest.importorskip("trl")
 
+from cdr.child_jobs import work_alone
 from cdr.config import TrackingSpec
 from cdr.errors import ConfigError, InputError, SetupError, TableError
 from cdr.tracking import RunTracker
@@ -203,3 +204,12 @@ def test_a_tracking_server_that_is_down_stops_it_before_the_pairs_are_read(
     with pytest.raises(SetupError, match="MLflow cannot be used"):
         main(["--config", config])
     assert not (tmp_path / "out" / "pairs").exists()
+
+
+def test_one_start_at_a_time_trains_in_a_folder(warehouse: Annotated, start: Path) -> None:
+    output = warehouse.warehouse.parent / "out"
+    output.mkdir()
+    config = write_config(warehouse, start, tracking={"enabled": False})
+    with work_alone(output), pytest.raises(SetupError, match="still at work in this folder"):
+        main(["--config", config])
+    assert [file.name for file in output.iterdir()] == ["lock"]

@@ -312,8 +312,14 @@ from cdr.child_jobs import Children, work_alone
 folder = Path({str(plan.output)!r})
 folder.mkdir()
 with work_alone(folder) as lock, Children(lock) as children:
-    stage = "import os, time; os.kill(os.getppid(), 9); time.sleep(60)"
-    children.run([sys.executable, "-c", stage], folder / "log")
+    stage = '''
+import os, pathlib, sys, time
+while str(os.getpid()) not in pathlib.Path(sys.argv[1]).read_text():
+    time.sleep(0.01)
+os.kill(os.getppid(), 9)
+time.sleep(60)
+'''
+    children.run([sys.executable, "-c", stage, str(folder / "lock")], folder / "log")
 """
     killed = subprocess.run([sys.executable, "-c", start], check=False)
     assert killed.returncode == -9

@@ -177,7 +177,7 @@ def test_shipped_table_2_has_the_papers_rows_and_numbers(monkeypatch: pytest.Mon
 def test_shipped_small_table_has_three_rows_and_held_out_questions() -> None:
     config = load_policy_study_config(CONF / "study" / "table2-small.yaml")
     assert list(config.rows) == ["start", "vanilla", "adaptive"]
-    lines = Path(config.benchmarks["held-out"].questions).read_text().splitlines()
+    lines = Path(config.benchmarks["demo"].questions).read_text().splitlines()
     asked = {json.loads(line)["prompt"] for line in lines}
     given = (CONF / "demo" / "completions.jsonl").read_text().splitlines()
     assert len(asked) == len(lines) == 24

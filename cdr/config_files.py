@@ -195,6 +195,7 @@ class _NamedFiles:
         self.keys: set[str] = set()
 
     def read_below(self, tree: Mapping[str, Any], model: type[Spec], prefix: str) -> dict[str, Any]:
+        """Give a tree with the files' contents; `prefix` is the key it stands at, with a dot."""
         found = dict(tree)
         for name, field in model.model_fields.items():
             marks = field.metadata

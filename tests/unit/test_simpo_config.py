@@ -21,7 +21,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CDR_WAREHOUSE", "s3://bucket/warehouse")
-    monkeypatch.setenv("CDR_REVISION_LLAMA3_INSTRUCT", COMMIT)
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "train").glob("*.yaml")), ids=lambda p: p.stem)

@@ -15,7 +15,6 @@ from cdr.simpo_config import SimpoConfig, list_points, load_simpo_config
 from cdr.simpo_report import choose_best, summarize
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,9 @@ A deleted row is out of the table at once, and out of its files only after a vac
 still hold it. The receipt says which, and from when on a vacuum takes them; nothing here vacuums.
 Delta's log never quotes an id or a text: it keeps bounds of hashes and run ids alone.
 
+Report pages in `<warehouse>/reports` quote texts. Those of all runs over the prompts' datasets are
+deleted, as it cannot be told which texts they quote; `jobs/report.py` builds them anew.
+
 Not reached: the user's own input, exports, MLflow's artifacts, models trained on the rows, backups,
 and staging folders of killed runs, which the receipt lists.
 """
@@ -134,7 +137,8 @@ class Receipt:
         unclaimed: log-probs, verdicts and routes that no row uses and whose prompt is unknown; they
             were deleted if that was asked for, and are in `rows` above then.
         unclaimed_deleted: whether they were.
-        mlflow_run_ids: MLflow runs of the deleted pairs: their artifacts may quote texts.
+        pages: report pages of runs over the prompts' datasets; deleted.
+        mlflow_run_ids: MLflow runs over the prompts' datasets: their artifacts may quote texts.
         staging_folders: of other runs, alive or killed; they may hold rows of the input.
     """
 
@@ -147,6 +151,7 @@ class Receipt:
     tables: list[TableReceipt]
     unclaimed: int
     unclaimed_deleted: bool
+    pages: list[str]
     mlflow_run_ids: list[str]
     staging_folders: list[str]
 
@@ -181,6 +186,9 @@ class Receipt:
             fate = "deleted too" if self.unclaimed_deleted else "--unclaimed deletes them too"
             lines += ["", f"{self.unclaimed:,} log-probs, verdicts and routes belong to no prompt "
                       f"any more, so it cannot be told whose they were; {fate}"]  # fmt: skip
+        if self.pages:
+            lines += ["", f"report pages of these datasets, {verb}: {len(self.pages):,}; "
+                      "jobs/report.py builds one anew"]  # fmt: skip
         return "\n".join(lines)
 
 
@@ -239,10 +247,10 @@ class Forgetting:
         found = owners.agg(
             F.count_distinct("prompt_id").alias("prompts"),
             *[F.sum(F.when(F.col("table") == t.name, F.col("rows"))).alias(t.name) for t in BY_ID],
-            # A row per run that wrote them.
-            F.collect_set(F.when(F.col("table") == REWARDS.name, F.col("run_id"))).alias("run_ids"),
+            F.collect_set("dataset").alias("datasets"),
         ).first()
         assert found is not None
+        runs = self._runs_over(found["datasets"])
         shared = (LOGPROBS, VERDICTS, ROUTES)
         rows = {table.name: int(found[table.name] or 0) for table in BY_ID}
         rows |= {table.name: sum(fates[table.name, fate] for fate in gone) for table in shared}
@@ -269,7 +277,8 @@ class Forgetting:
             tables=tables,
             unclaimed=sum(fates[table.name, "unclaimed"] for table in shared),
             unclaimed_deleted=self._request.unclaimed,
-            mlflow_run_ids=self._mlflow_runs(found["run_ids"]),
+            pages=self._pages_of(runs),
+            mlflow_run_ids=sorted(filter(None, runs.values())),
             staging_folders=self._other_staging(),
         )
 
@@ -294,6 +303,8 @@ class Forgetting:
                 self._delete(table)
                 planned = self._after(table, planned)
             tables.append(planned)
+        for page in plan.pages:
+            files.delete(page)
         receipt = replace(plan, outcome="done", tables=tables)
         if left := self._tables_with_rows():
             raise TableError(
@@ -439,13 +450,19 @@ class Forgetting:
             log_gone_after=_utc(now + dt.timedelta(hours=retention.log)),
         )
 
-    def _mlflow_runs(self, run_ids: Sequence[str]) -> list[str]:
-        if not run_ids:
-            return []
-        runs = self._warehouse.read(RUNS).where(F.col("run_id").isin(list(run_ids)))
-        # One row per annotate run that wrote these prompts.
-        found = runs.where("mlflow_run_id IS NOT NULL").select("mlflow_run_id").distinct()
-        return sorted(row[0] for row in found.collect())
+    def _runs_over(self, datasets: Sequence[str]) -> dict[str, str | None]:
+        """Give the runs over these datasets, with MLflow's; rows name only the latest."""
+        if not datasets:
+            return {}
+        runs = self._warehouse.read(RUNS).where(F.col("dataset").isin(list(datasets)))
+        found = runs.select("run_id", "mlflow_run_id").collect()
+        return {row["run_id"]: row["mlflow_run_id"] for row in found}
+
+    def _pages_of(self, run_ids: Iterable[str]) -> list[str]:
+        folder = self._warehouse.reports
+        names = Files(self._warehouse.spark).names(folder)
+        # A page of several runs, which are over one dataset, begins with the first one's id.
+        return [f"{folder}/{name}" for name in names if name.startswith(tuple(run_ids))]
 
     def _other_staging(self) -> list[str]:
         folder = f"{self._warehouse.root}/_staging"

@@ -52,6 +52,11 @@ class Warehouse:
         }
         self._checked: set[str] = set()
 
+    @property
+    def reports(self) -> str:
+        """Folder of the report pages: `<run_id>.html`, or the first run's id and `-and-N-more`."""
+        return f"{self.root}/reports"
+
     def place(self, table: Table) -> str:
         """Give the path or catalog name of a table."""
         return self._places.get(table.name, f"{self.root}/{table.name}")

@@ -258,7 +258,7 @@ def write_page(warehouse: Warehouse, run_ids: Sequence[str], page: str) -> str:
     """Write a page beside the tables, through the file system that holds them; give its place."""
     first, *others = run_ids
     name = f"{first}-and-{len(others)}-more" if others else first
-    place = f"{warehouse.root}/reports/{name}.html"
+    place = f"{warehouse.reports}/{name}.html"
     files = Files(warehouse.spark)
     files.write_text(place, page)
     return files.full_name(place)

@@ -141,6 +141,11 @@ def forgotten(
     place = Place(copy, Warehouse(spark, str(copy.warehouse)))
     nobodys = ("m" * 64, bytes(16), bytes(16), -1.0, 1, 1, None, "v", "r")
     place.warehouse.append(LOGPROBS, spark.createDataFrame([nobodys], LOGPROBS.schema()))
+    reports = copy.warehouse / "reports"
+    reports.mkdir(exist_ok=True)
+    run_id = min(row["run_id"] for row in copy.rows("runs") if row["dataset"] == "demo")
+    for name in (run_id, f"{run_id}-and-2-more", "of-another-run"):
+        (reports / f"{name}.html").write_text("as sampled")
     before = {table.name: place.rows(table) for table in TABLES}
     versions = {table.name: copy.version(table.name) for table in TABLES}
     begun = dt.datetime.now(dt.UTC).replace(microsecond=0)
@@ -202,6 +207,10 @@ def test_a_forgotten_prompt_is_in_no_table_and_nothing_else_is_gone(forgotten: F
     assert shared["routes"] == sum(row["prompt_hash"] in kept_hash for row in before["routes"]) > 0
     assert receipt.num_found == 4
     assert (receipt.unclaimed, receipt.unclaimed_deleted) == (1, False)
+
+    reports = forgotten.place.annotated.warehouse / "reports"
+    assert [page.name for page in reports.iterdir()] == ["of-another-run.html"]
+    assert len(receipt.pages) == 2
 
 
 def test_the_receipt_names_the_versions_that_still_hold_the_rows_and_until_when(

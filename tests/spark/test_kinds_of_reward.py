@@ -149,7 +149,8 @@ def test_a_classifier_gives_its_own_scores_asks_once_and_is_compared_with_a_judg
         scores = [ask(prompt, pair[side][0]["content"]) for side in ("chosen", "rejected")]
         assert pair["margin"] == pytest.approx(scores[0] - scores[1], abs=1e-4)
         assert pair["margin"] > 0
-    (page,) = (tmp_path / "warehouse" / "reports").rglob("*.html")
+    (run_id,) = {row["run_id"] for row in collect(warehouse, PREFERENCES)}
+    page = tmp_path / "warehouse" / "reports" / f"{run_id}.html"
     assert "score of classifier" in page.read_text()
 
 

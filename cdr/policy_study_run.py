@@ -258,8 +258,8 @@ def _read_outcome(stage: Stage) -> dict[str, Any]:
     validation = (best["validation"] or {}).get(ALL_DOMAINS, {})
     return {
         "policy": str(Path(stage.config["output"]) / "policy"),
-        "learning_rate": best["config"]["learning_rate"],
-        "beta": best["config"]["beta"],
+        "learning_rate": float(best["config"]["learning_rate"]),
+        "beta": float(best["config"]["beta"]),
         "validation_accuracy": validation.get("accuracy"),
     }
 

@@ -62,13 +62,14 @@ def train_classifier(
     folder = model.expanduser()
     config = PairTrainingConfig(base_hash=hash_model(folder), pairs_hash=hash_pairs(found), **hyper)
     train, kept_back = split_pairs(found, config.holdout_fraction)
+    metrics_file = output / METRICS_FILE
+    done = read_json(metrics_file) if metrics_file.exists() else None
+    if done:  # before pairs are written that this classifier may have been trained on
+        config.check_same(done["config"], metrics_file)
     if held_out is not None:
         write_pairs(kept_back, held_out)
-    metrics_file = output / METRICS_FILE
-    if metrics_file.exists():
-        metrics = read_json(metrics_file)
-        config.check_same(metrics["config"], metrics_file)
-        return metrics
+    if done:
+        return done
 
     encoder = ChatEncoder.load(str(folder), None, template="own", close_turns=True)
     fit, left_out = encode_pairs(train, encoder, config.max_length)

@@ -95,9 +95,16 @@ class Files:
             )
 
     def delete(self, place: str) -> None:
-        """Delete a file, or a folder with all in it."""
+        """Delete a file, or a folder with all in it; nothing may be there.
+
+        Raises:
+            TableError: the file system refuses.
+        """
         path, files = self._open(place)
-        files.delete(path, True)
+        if not files.delete(path, True) and files.exists(path):
+            raise TableError(
+                "cannot be deleted", where=place, fix="let Spark's user write in its folder"
+            )
 
     def full_name(self, place: str) -> str:
         """Give a place in full: a path where a local disk holds it, else a URI."""

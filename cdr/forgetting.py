@@ -79,7 +79,7 @@ class Request:
     Args:
         prompt_ids: the prompts' ids.
         dataset: only there, and in its trials and its sampling's rejects (`NAME.limit-20`,
-            `NAME.prompts`); None: in every dataset.
+            `NAME.quick-200`, `NAME.prompts`); None: in every dataset.
         unclaimed: also delete log-probs, verdicts and routes that no row of any prompt uses. Whose
             they are cannot be told: those of candidates that have since changed, and those of a
             run that has not finished, which would have to score them again.
@@ -296,6 +296,9 @@ class Forgetting:
         folder = f"{self._warehouse.root}/_receipts"
         files.make_folder(folder)
         self._write(files, replace(plan, outcome="begun"))
+        # First: when the rows are gone, nothing tells any more which datasets the prompts were in.
+        for page in plan.pages:
+            files.delete(page)
         tables = []
         for planned in plan.tables:
             table = next(one for one in TABLES if one.name == planned.table)
@@ -303,8 +306,6 @@ class Forgetting:
                 self._delete(table)
                 planned = self._after(table, planned)
             tables.append(planned)
-        for page in plan.pages:
-            files.delete(page)
         receipt = replace(plan, outcome="done", tables=tables)
         if left := self._tables_with_rows():
             raise TableError(
@@ -411,7 +412,7 @@ class Forgetting:
         name = self._request.dataset
         if name is None:
             return F.lit(True)
-        return F.col("dataset").rlike(rf"^{re.escape(name)}(\.limit-\d+)?(\.prompts)?$")
+        return F.col("dataset").rlike(rf"^{re.escape(name)}(\.(limit|quick)-\d+)?(\.prompts)?$")
 
     def _tables_with_rows(self) -> list[Table]:
         """Give the tables that still, or again, have rows to forget."""
@@ -452,9 +453,10 @@ class Forgetting:
 
     def _runs_over(self, datasets: Sequence[str]) -> dict[str, str | None]:
         """Give the runs over these datasets, with MLflow's; rows name only the latest."""
-        if not datasets:
-            return {}
-        runs = self._warehouse.read(RUNS).where(F.col("dataset").isin(list(datasets)))
+        is_over = F.col("dataset").isin(list(datasets))
+        if self._request.dataset is not None:  # also where earlier runs alone had the prompts
+            is_over |= self._in_dataset()
+        runs = self._warehouse.read(RUNS).where(is_over)
         found = runs.select("run_id", "mlflow_run_id").collect()
         return {row["run_id"]: row["mlflow_run_id"] for row in found}
 

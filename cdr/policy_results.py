@@ -148,7 +148,7 @@ def write_results(plan: PolicyPlan, records: Records, warehouse: Warehouse, run_
     """Put the values in the place of those that the table has of these rows; give their number."""
     results = [{**one, "run_id": run_id} for one in list_results(plan, records)]
     names = POLICY_RESULTS.names()
-    for row in dict.fromkeys(one["row"] for one in results):
+    for row in plan.rows:  # one without results loses those of an earlier configuration
         values = [tuple(one[name] for name in names) for one in results if one["row"] == row]
         frame = warehouse.spark.createDataFrame(values, POLICY_RESULTS.schema())
         warehouse.replace(POLICY_RESULTS, frame, study=plan.config.study, row=row)

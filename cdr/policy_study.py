@@ -43,7 +43,8 @@ from cdr.simpo_config import SimpoConfig
 from cdr.text_files import is_uri
 from cdr.weights import Source, hash_source
 
-_SHORT = 8
+SHORT = 8
+"""Digits of a key in names of files and datasets."""
 # How a judge is asked, and how a policy is run: neither decides what comes out.
 _NOT_OF_THE_VERDICT = {"python", "parallel", "api_key_variable"}
 _NOT_OF_THE_POLICY = {"batch_tokens", "memory_fraction", "tensor_parallel"}
@@ -223,7 +224,7 @@ class _Planner:
             # How many share a step decides too.
             "launch": list(config.launch.train),
         }
-        output = self._output / "policies" / f"{row}-{content_hash(decisive)[:_SHORT]}"
+        output = self._output / "policies" / f"{row}-{content_hash(decisive)[:SHORT]}"
         pairs = {
             "dataset": plan.dataset,
             "reward": plan.reward.key,
@@ -245,7 +246,7 @@ class _Planner:
             "questions": self._questions.get(name, ""),
         }
         # Another policy, or other sampling, is another dataset of `completions`.
-        dataset = f"{config.study}.{row}.{content_hash(answers)[:_SHORT]}"
+        dataset = f"{config.study}.{row}.{content_hash(answers)[:SHORT]}"
         folder, policy = self._output / "answers" / name, _dump(benchmark.policy)
         if train is not None:
             trained = str(Path(train.config["output"]) / "policy")

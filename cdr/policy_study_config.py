@@ -19,12 +19,13 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from cdr.answer_files import Benchmark
-from cdr.config import AnnotateConfig, TrackingSpec
+from cdr.config import AnnotateConfig, TablePlaces, TrackingSpec, WarehousePlace
 from cdr.config_files import MayBeFile, Spec, load_config
 from cdr.downstream_config import DownstreamConfig
 from cdr.evaluation_config import RowName
 from cdr.reward_config import RewardSpec, change_reward
 from cdr.simpo_config import SimpoConfig
+from cdr.text_files import is_uri
 
 START: Final = "start"
 """Row of the policy before training."""
@@ -71,7 +72,11 @@ class PolicyRowSpec(Spec):
 
 
 class LaunchSpec(Spec):
-    """What the jobs are started with; a program is looked for in PATH and beside this Python."""
+    """What the jobs are started with.
+
+    A program is looked for beside this Python, then in PATH. A cluster's own spark-submit should be
+    named in full, as /usr/bin/spark-submit: pip's pyspark puts one beside Python.
+    """
 
     spark: tuple[str, ...] = Field(
         (),
@@ -81,7 +86,8 @@ class LaunchSpec(Spec):
     train: tuple[str, ...] = Field(
         (),
         description="Before the training, such as `[accelerate, launch, --num_processes, '8']`. "
-        "Empty: this Python, one process.",
+        "Empty: this Python, one process. It decides what is trained, as the number of processes "
+        "does: another command trains every row anew.",
     )
 
 
@@ -97,10 +103,8 @@ class PolicyStudyConfig(Spec):
     study: str = Field(
         pattern=r"^[a-z0-9][a-z0-9._\-]*$", description="Name of the study in tables and files."
     )
-    warehouse: str = Field(description="Folder (or URI) of the tables, of all stages.")
-    tables: dict[str, str] = Field(
-        default_factory=dict, description="Other places per table: a path, or a catalog name."
-    )
+    warehouse: WarehousePlace
+    tables: TablePlaces
     output: str = Field(
         description="Folder of policies, answers, logs, and the records of what is done: on this "
         "machine, and where the cluster's nodes see it too, as they answer with the policies."
@@ -167,6 +171,10 @@ class PolicyStudyConfig(Spec):
             problems.append(
                 f"annotate.pairs.validation_fraction: must be > 0 to choose one of {policies} "
                 "policies by"
+            )
+        if is_uri(self.output) or self.output.startswith("dbfs:"):
+            problems.append(
+                "output: must be a folder on this machine; a shared one is mounted, as /mnt/studies"
             )
         if problems:
             raise ValueError("\n".join(problems))

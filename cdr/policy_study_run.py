@@ -1,12 +1,13 @@
 """Carry out a policy study: one child process per stage, and a record of each that is done.
 
-    <output>/stages/ROW.STAGE.json     key, what decided it, when, and what came out
+    <output>/stages/ROW.STAGE.KEY.json what decided it, on which records it stands, what came out
     <output>/configs/ROW.STAGE.yaml    the config that the job was given
     <output>/logs/ROW.STAGE.log        all that it said
 
-A record with the stage's key means that it is done. A stage that was killed has none and is started
-again, and its job goes on from what it has committed. A child gets SIGTERM where this process is
-asked to stop, and ends as it does on its own.
+A record with the stage's key means that it is done, while those that it stands on are: where a
+policy is gone and trained again, it is answered with again, as its weights need not be the same. A
+stage that was killed has no record and is started again, and its job goes on from what it has
+committed. A child gets SIGTERM where this process is asked to stop, and ends as it does on its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cdr.cli import FAILED, KEPT, OK, STOPPED
 from cdr.config import content_hash
 from cdr.errors import Stopped
 from cdr.policy_results import metrics_of, render_results, write_results
-from cdr.policy_study import PolicyPlan, Stage
+from cdr.policy_study import SHORT, PolicyPlan, Stage
 from cdr.policy_study_config import TRAIN
 from cdr.runs import RunLog, RunRecord, new_run_id
 from cdr.simpo_report import ALL_DOMAINS
@@ -42,9 +43,17 @@ _SHOWN_CHANGES = 3
 def read_record(plan: PolicyPlan, stage: Stage) -> dict[str, Any] | None:
     """Give the record of a stage that is done under its present key; None where it is not."""
     file = _record_file(plan, stage)
-    record = read_json(file) if file.exists() else {}
-    is_there = stage.result is None or stage.result.exists()
-    return record if record.get("key") == stage.key and is_there else None
+    if not file.exists() or not (stage.result is None or stage.result.exists()):
+        return None
+    record = read_json(file)
+    return record if record["stands_on"] == _stands_on(plan, stage) else None
+
+
+def _stands_on(plan: PolicyPlan, stage: Stage) -> dict[str, str | None]:
+    """Name the records of the stages that a stage needs."""
+    by_label = {one.label: one for one in plan.stages}
+    found = {label: read_record(plan, by_label[label]) for label in stage.needs}
+    return {label: None if one is None else str(one["id"]) for label, one in found.items()}
 
 
 def render_plan(plan: PolicyPlan) -> str:
@@ -162,18 +171,23 @@ class PolicyStudyRun:
         self._carried_out += 1
         print(f"    done in {spent_s / 60:.1f} minutes", flush=True)
 
-    def finish(self, warehouse: Warehouse) -> None:
-        """Print, write and record the results there are, and decide the exit code."""
+    def finish(self, open_warehouse: Callable[[], Warehouse]) -> None:
+        """Print, write and record the results there are, and decide the exit code.
+
+        Args:
+            open_warehouse: gives the tables; called when the results are printed.
+        """
         plan, tracker = self._plan, self._tracker
         table = render_results(plan, self.done)
         file = plan.output / "table.txt"
         file.write_text(f"{table}\n", encoding="utf-8")
         tracker.log_summary(metrics_of(plan, self.done))
         tracker.log_file(file)
-        self._write(warehouse)
+        # First: the tables may be out of reach meanwhile, and nothing that is known is lost by it.
         print(f"\n{table}\n")
         for label, problem in self.failed.items():
             print(f"failed      {label}: {problem}")
+        self._write(open_warehouse())
         print(f"table       {file}, and policy_results in {plan.config.warehouse}")
         if command := tracker.ui_command():
             print(f"MLflow      {command}")
@@ -237,7 +251,9 @@ class PolicyStudyRun:
 
 def _record(plan: PolicyPlan, stage: Stage, spent_s: float) -> dict[str, Any]:
     record = {
+        "id": new_run_id(),
         "key": stage.key,
+        "stands_on": _stands_on(plan, stage),
         "decisive": stage.decisive,
         "ended_at": f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC",
         "spent_s": round(spent_s, 1),
@@ -265,15 +281,16 @@ def _read_outcome(stage: Stage) -> dict[str, Any]:
 
 
 def _changes(plan: PolicyPlan, stage: Stage) -> list[str]:
-    """Say what has changed since a stage was done under another key."""
-    file = _record_file(plan, stage)
-    if not file.exists():
+    """Say what has changed since a stage was last done."""
+    if _record_file(plan, stage).exists():
+        return ["what it stands on, or its result, is gone or new"]
+    records = (plan.output / "stages").glob(f"{stage.label}.*.json")
+    latest = max(records, key=lambda file: file.stat().st_mtime, default=None)
+    if latest is None:
         return []
-    before = dict(_leaves(read_json(file)["decisive"]))
+    before = dict(_leaves(read_json(latest)["decisive"]))
     now = dict(_leaves(json.loads(json.dumps(stage.decisive))))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if not names:
-        return ["its result is gone"]
     more = f"and {len(names) - _SHOWN_CHANGES} more" if len(names) > _SHOWN_CHANGES else None
     return [f"other {name}" for name in names[:_SHOWN_CHANGES]] + ([more] if more else [])
 
@@ -291,4 +308,4 @@ def _file(plan: PolicyPlan, stage: Stage, folder: str, ending: str) -> Path:
 
 
 def _record_file(plan: PolicyPlan, stage: Stage) -> Path:
-    return _file(plan, stage, "stages", "json")
+    return _file(plan, stage, "stages", f"{stage.key[:SHORT]}.json")

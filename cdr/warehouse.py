@@ -54,7 +54,7 @@ class Warehouse:
 
     @property
     def reports(self) -> str:
-        """Folder of the report pages: `<run_id>.html`, or the first run's id and `-and-N-more`."""
+        """Folder of the report pages; the name of each begins with its first run's id."""
         return f"{self.root}/reports"
 
     def place(self, table: Table) -> str:
@@ -64,7 +64,7 @@ class Warehouse:
     def sql_name(self, table: Table) -> str:
         """Give what stands behind FROM in a query over the table; Delta wants a full path there."""
         place = self.place(table)
-        return f"delta.`{place.removeprefix('file:')}`" if _is_path(place) else place
+        return f"delta.`{re.sub('^file:/+', '/', place)}`" if _is_path(place) else place
 
     def exists(self, table: Table) -> bool:
         """Tell whether the table has been written."""
@@ -209,7 +209,7 @@ class Warehouse:
 
     def _in_full(self, place: str) -> str:
         """Give a place in full: with its file system, but for a local path, which is left bare."""
-        if re.match(r"^[A-Za-z][\w+.\-]*:", place):
+        if re.match(r"^([A-Za-z][\w+.\-]*:|/Volumes/)", place):
             return place
         jvm = self.spark._jvm
         assert jvm is not None

@@ -21,6 +21,7 @@ from cdr.policy_study import Stage, plan_policy_study
 from cdr.policy_study_config import TRAIN, LaunchSpec, load_policy_study_config
 from cdr.policy_study_run import PolicyStudyRun, render_plan
 from cdr.session import get_session
+from cdr.tables import POLICY_RESULTS
 from cdr.warehouse import Warehouse
 
 
@@ -52,10 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(render_plan(plan))
         return OK
     config = plan.config
-    with PolicyStudyRun(plan) as run:
-        run.carry_out(lambda stage: command_of(stage, config.launch))
+
+    def open_warehouse() -> Warehouse:
         spark = get_session("cdr policy study", warehouse=config.warehouse)
-        run.finish(Warehouse(spark, config.warehouse, config.tables))
+        return Warehouse(spark, config.warehouse, config.tables)
+
+    with PolicyStudyRun(plan) as run:
+        # This process and the training have a Spark of their own: what it cannot reach is told now.
+        warehouse = open_warehouse()
+        warehouse.exists(POLICY_RESULTS)
+        warehouse.spark.stop()
+        run.carry_out(lambda stage: command_of(stage, config.launch))
+        run.finish(open_warehouse)
     return run.exit_code
 
 

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from cdr.benchmark_report import score_pairs
 from cdr.comparison import collect_judged
-from cdr.config import AnnotateConfig
+from cdr.config import AnnotateConfig, content_hash
 from cdr.errors import CdrError, TableError
 from cdr.evaluation_config import EvaluateConfig
 from cdr.files import Files
@@ -257,7 +257,7 @@ def _rebuild_evaluation(
 def write_page(warehouse: Warehouse, run_ids: Sequence[str], page: str) -> str:
     """Write a page beside the tables, through the file system that holds them; give its place."""
     first, *others = run_ids
-    name = f"{first}-and-{len(others)}-more" if others else first
+    name = f"{first}-and-{len(others)}-more-{content_hash(others)[:6]}" if others else first
     place = f"{warehouse.reports}/{name}.html"
     files = Files(warehouse.spark)
     files.write_text(place, page)

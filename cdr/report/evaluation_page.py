@@ -184,8 +184,17 @@ def _plot_margins(section: str, margins: Margins, key: str, unit: str) -> Plot:
 # --- what next -----------------------------------------------------------------------------------
 
 
+def _sample_options(row: EvaluatedRow) -> str:
+    """Give the options that take the run's sample of the benchmark again."""
+    kind, _, number = row.run.dataset.removeprefix(f"{row.config.dataset}.").partition("-")
+    if row.run.dataset == row.config.dataset:
+        return ""
+    return f" --limit {number}" if kind == "limit" else f" --quick --set quick.pairs={number}"
+
+
 def _commands(data: EvaluationData) -> Iterator[tuple[str, str]]:
     first, *others = data.rows
+    sample = _sample_options(first)
     yield (
         "Where it is surest and wrong (SQL)",
         "SELECT p.section, p.subset, p.prompt_id, round(p.margin, 2) AS margin,\n"
@@ -201,18 +210,19 @@ def _commands(data: EvaluationData) -> Iterator[tuple[str, str]]:
     if first.reward.reduction == "sum" and first.reward.is_per_token:
         yield (
             "The same rewards per token (scores nothing)",
-            f"{_SUBMIT} jobs/evaluate.py --config YOURS \\\n    --set reward.reduction=mean",
+            f"{_SUBMIT} jobs/evaluate.py --config YOURS{sample} \\\n"
+            "    --set reward.reduction=mean",
         )
     adaptive = any(row.reward.routing.mode == "adaptive" for row in data.rows)
     if adaptive and not any(row.reward.routing.mode == "column" for row in data.rows):
         yield (
             "What the router's mistakes cost",
-            f"{_SUBMIT} jobs/evaluate.py --config YOURS --audit-router",
+            f"{_SUBMIT} jobs/evaluate.py --config YOURS{sample} --audit-router",
         )
     if others:
         yield (
             "Other rows against each other (scores nothing)",
-            f"{_SUBMIT} jobs/evaluate.py --config YOURS \\\n"
+            f"{_SUBMIT} jobs/evaluate.py --config YOURS{sample} \\\n"
             f"    --compare {others[-1].reward.name} {first.reward.name}",
         )
     yield (

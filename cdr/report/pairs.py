@@ -13,11 +13,12 @@ from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from cdr.chat import Message
+from cdr.errors import TableError
 from cdr.plan import RewardPlan
 from cdr.report.reward_text import term_weights
 from cdr.report.tokens import ScoredTerm, TokenReader, TokenRow
 from cdr.reward_config import RewardSpec
-from cdr.tables import LOGPROBS
+from cdr.tables import LOGPROBS, REWARDS
 from cdr.warehouse import Warehouse
 
 PairIds = tuple[str, str, str]
@@ -204,6 +205,13 @@ class _PairShower:
     def show(self, ids: PairIds) -> ShownPair:
         """Make one pair."""
         prompt_id, *sides = ids
+        if missing := [side for side in sides if (prompt_id, side) not in self._candidates]:
+            raise TableError(
+                f"it has no candidate {' or '.join(missing)} of prompt {prompt_id} any more",
+                where=REWARDS.name,
+                fix="another run over this dataset has replaced the rows: run the job again, which "
+                "scores nothing that is stored",
+            )
         chosen, rejected = (self._candidates[prompt_id, side] for side in sides)
         drawn = [chosen[name] for name in ("instruction_id", "exemplar_id") if chosen[name]]
         prompt: tuple[Message, ...] | None = None

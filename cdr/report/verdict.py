@@ -6,6 +6,7 @@ decide what a reader is sent to look at, and nothing else.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -82,11 +83,17 @@ class Verdict:
 
 
 def check_engines(versions: Sequence[str]) -> Iterator[Finding]:
-    """Warn of log-probs that come from several versions of an engine."""
-    if len(versions) > 1:
+    """Warn of log-probs that come from several versions of an engine.
+
+    Args:
+        versions: such as `vllm 0.32.0 / torch 2.13.0`. Several engines are no several versions.
+    """
+    engines = Counter(version.partition(" ")[0] for version in versions)
+    mixed = [version for version in versions if engines[version.partition(" ")[0]] > 1]
+    if mixed:
         yield Finding(
             Level.LOOK,
             "The log-probs were computed by several versions of the engine: "
-            f"{', '.join(versions)}. Small margins may come from that.",
+            f"{', '.join(mixed)}. Small margins may come from that.",
             "See logprobs.engine_version; score into a new warehouse to compare.",
         )

@@ -145,7 +145,7 @@ def done(
             assert evaluate(todo, warehouse) == 0
             found = (BENCHMARK_PAIRS, BENCHMARK_RESULTS, LOGPROBS, REWARDS, REJECTS, RUNS)
             tables.append({table.name: collect(warehouse, table) for table in found})
-    (page,) = Path(config.warehouse, "reports").glob("*-and-1-more.html")
+    (page,) = Path(config.warehouse, "reports").glob("*-and-1-more-*.html")
     return Done(config, plans, warehouse, tables, printed.getvalue(), page)
 
 
@@ -286,7 +286,7 @@ def test_compare_prints_what_is_stored_and_scores_nothing(
 
 def test_the_page_shows_both_rows_and_the_surest_pairs_of_each(done: Done) -> None:
     assert f"report: {done.page}\n" in done.output
-    assert done.page.name == f"{done.run_ids[0]}-and-1-more.html"
+    assert done.page.name.startswith(f"{done.run_ids[0]}-and-1-more-")
     page = done.page.read_text(encoding="utf-8")
     titles = [html.unescape(title) for title in re.findall(r'<h2 id="row-\d">(.*?)</h2>', page)]
     assert titles == ["CDR, router", "cdr.oracle"]
@@ -329,7 +329,7 @@ def test_the_page_is_built_again_from_the_tables(
 
     # The last run of each reward, in the order they began.
     assert report(["--warehouse", root, "--evaluation", "--without-texts"]) == 0
-    path = Path(root, "reports", f"{oracle}-and-1-more.html")
+    (path,) = Path(root, "reports").glob(f"{oracle}-and-1-more-*.html")
     assert f"report: {path}" in capsys.readouterr().out
     bare = path.read_text(encoding="utf-8")
     assert bare.index("cdr.oracle</h2>") < bare.index("CDR, router</h2>")

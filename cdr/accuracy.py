@@ -17,7 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from functools import reduce
+from operator import add
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +56,10 @@ class Tally:
         """
         values = np.asarray(margins, dtype=np.float64)
         return cls(int((values > 0).sum()), int((values == 0).sum()), values.size)
+
+    def __add__(self, other: Tally) -> Tally:
+        """Count the pairs of both."""
+        return Tally(self.wins + other.wins, self.ties + other.ties, self.total + other.total)
 
     @property
     def accuracy(self) -> float | None:
@@ -129,33 +135,15 @@ def accuracy_interval(strata: Sequence[Stratum], *, resamples: int, seed: int) -
     """
     if not strata:
         return None
-    pooled = _pool([(s.tally.total, s.weight) for s in strata])
-    weights = np.array([sum(strata[i].weight for i in together) for together in pooled])
-    totals = np.array([sum(strata[i].tally.total for i in together) for together in pooled])
-    wins = np.array([sum(strata[i].tally.wins for i in together) for together in pooled])
+    pooled = _pool([(stratum.tally, stratum.weight) for stratum in strata])
     if len(pooled) == 1:
-        return compute_wilson_interval(int(wins[0]), int(totals[0]))
+        return pooled[0][0].interval
     rng = np.random.default_rng(seed)
+    weights = np.array([weight for _, weight in pooled])
+    totals = np.array([tally.total for tally, _ in pooled])
+    wins = np.array([tally.wins for tally, _ in pooled])
     drawn = rng.binomial(totals, wins / totals, size=(resamples, len(pooled)))
     return _percentiles((drawn / totals * weights).sum(axis=1) / weights.sum())
-
-
-def _pool(strata: Sequence[tuple[int, float]]) -> list[list[int]]:
-    """Put strata together whose pairs weigh alike.
-
-    Many small subsets that count by their pairs would else have hardly any spread: a subset of one
-    pair has none.
-
-    Args:
-        strata: number of pairs and weight of each.
-
-    Returns:
-        Places in `strata`, by what a pair weighs, in order of appearance.
-    """
-    alike: dict[str, list[int]] = {}
-    for place, (total, weight) in enumerate(strata):
-        alike.setdefault(f"{weight / total:.9e}", []).append(place)
-    return list(alike.values())
 
 
 @dataclass(frozen=True)
@@ -277,6 +265,15 @@ class PairedTally:
         a, b = np.asarray(wins_a, dtype=bool), np.asarray(wins_b, dtype=bool)
         return cls(int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum()), a.size)
 
+    def __add__(self, other: PairedTally) -> PairedTally:
+        """Count the pairs of both."""
+        return PairedTally(
+            self.both + other.both,
+            self.only_a + other.only_a,
+            self.only_b + other.only_b,
+            self.total + other.total,
+        )
+
     @property
     def a(self) -> Tally:
         """A's wins; ties are not told apart here."""
@@ -286,6 +283,9 @@ class PairedTally:
     def b(self) -> Tally:
         """B's wins; ties are not told apart here."""
         return Tally(self.both + self.only_b, 0, self.total)
+
+
+Counted = TypeVar("Counted", Tally, PairedTally)
 
 
 def compute_mcnemar_p(only_a: int, only_b: int) -> float:
@@ -352,16 +352,15 @@ def compare_accuracies(
         seed: of its draws.
     """
     rng = np.random.default_rng(seed)
-    pooled = _pool([(tally.total, weight) for tally, weight in strata])
-    weights = np.array([sum(strata[i][1] for i in together) for together in pooled])
+    pooled = _pool(strata)
+    weights = np.array([weight for _, weight in pooled])
     drawn = np.empty((resamples, len(pooled)))
-    for number, together in enumerate(pooled):
-        tally = _add([strata[i][0] for i in together])
+    for number, (tally, _) in enumerate(pooled):
         alike = tally.total - tally.only_a - tally.only_b
         chances = np.array([tally.only_a, tally.only_b, alike]) / tally.total
         counts = rng.multinomial(tally.total, chances, size=resamples)
         drawn[:, number] = (counts[:, 1] - counts[:, 0]) / tally.total
-    paired = _add([tally for tally, _ in strata])
+    paired = reduce(add, (tally for tally, _ in strata))
     return Difference(
         a=weighted_accuracy([Stratum(tally.a, weight) for tally, weight in strata]) or 0.0,
         b=weighted_accuracy([Stratum(tally.b, weight) for tally, weight in strata]) or 0.0,
@@ -371,13 +370,26 @@ def compare_accuracies(
     )
 
 
-def _add(tallies: Sequence[PairedTally]) -> PairedTally:
-    return PairedTally(
-        both=sum(tally.both for tally in tallies),
-        only_a=sum(tally.only_a for tally in tallies),
-        only_b=sum(tally.only_b for tally in tallies),
-        total=sum(tally.total for tally in tallies),
-    )
+def _pool(strata: Sequence[tuple[Counted, float]]) -> list[tuple[Counted, float]]:
+    """Put strata together whose pairs weigh alike.
+
+    Many small subsets that count by their pairs would else have hardly any spread: a subset of one
+    pair has none.
+
+    Args:
+        strata: tally and weight of each.
+
+    Returns:
+        The same of the pooled ones, by what a pair weighs, in order of appearance.
+    """
+    pooled: dict[str, tuple[Counted, float]] = {}
+    for tally, weight in strata:
+        alike = f"{weight / tally.total:.9e}"
+        if alike in pooled:
+            other, its_weight = pooled[alike]
+            tally, weight = other + tally, its_weight + weight
+        pooled[alike] = tally, weight
+    return list(pooled.values())
 
 
 def _percentiles(values: Floats) -> Interval:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, Final, Literal
 
 import pandas as pd
@@ -390,11 +392,7 @@ class _Scorer:
         groups = [(group, share) for group, share in parts if len(group)]
         strata = [Stratum(Tally.of(group["margin"].to_numpy()), w) for group, w in groups]
         longer = [Stratum(Tally.of(group["difference"].to_numpy()), w) for group, w in groups]
-        tally = Tally(
-            sum(s.tally.wins for s in strata),
-            sum(s.tally.ties for s in strata),
-            sum(s.tally.total for s in strata),
-        )
+        tally = reduce(add, (stratum.tally for stratum in strata), Tally(0, 0, 0))
         interval = accuracy_interval(strata, resamples=self.resamples, seed=self.seed)
         accuracy = weighted_accuracy(strata)
         return Score(

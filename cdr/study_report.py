@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -355,7 +357,7 @@ def _make_cell(
     if overall == MEAN_OF_SECTIONS:
         whole = mean_of_sections(parts, wanted)
     else:
-        whole = [(_add(found.tally for found in tallies), 1.0)] if tallies else None
+        whole = [(reduce(add, (found.tally for found in tallies)), 1.0)] if tallies else None
     return Cell(
         numerator,
         denominator,
@@ -373,16 +375,7 @@ def _score(config: StudyConfig, parts: Sequence[tuple[Tally, float]]) -> CellSco
     )
     assert accuracy is not None
     assert interval is not None
-    return CellScore(accuracy, interval, _add(tally for tally, _ in parts))
-
-
-def _add(tallies: Iterable[Tally]) -> Tally:
-    found = list(tallies)
-    return Tally(
-        sum(tally.wins for tally in found),
-        sum(tally.ties for tally in found),
-        sum(tally.total for tally in found),
-    )
+    return CellScore(accuracy, interval, reduce(add, (tally for tally, _ in parts)))
 
 
 def _columns(score: CellScore | None) -> dict[str, Any]:

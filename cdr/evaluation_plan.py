@@ -104,6 +104,14 @@ def dataset_name(config: EvaluateConfig, sample: Sample | None) -> str:
     return config.dataset if sample is None else f"{config.dataset}.{sample.kind}-{sample.pairs}"
 
 
+def sample_options(config: EvaluateConfig, dataset: str) -> str:
+    """Give the options that take the sample of a `dataset_name` again; nothing for the whole."""
+    if dataset == config.dataset:
+        return ""
+    kind, _, pairs = dataset.removeprefix(f"{config.dataset}.").partition("-")
+    return f" --limit {pairs}" if kind == "limit" else f" --quick --set quick.pairs={pairs}"
+
+
 def plan_evaluation(
     config: EvaluateConfig,
     *,

@@ -108,6 +108,10 @@ class PolicyPlan:
         """Folder of all that is no table."""
         return Path(self.config.output)
 
+    def stage(self, label: str) -> Stage:
+        """Give the stage of a label."""
+        return next(stage for stage in self.stages if stage.label == label)
+
     def answering(self, row: str) -> dict[str, Stage]:
         """Give a row's stages that answer, by benchmark."""
         found = (stage for stage in self.stages if stage.row == row)

@@ -51,8 +51,7 @@ def read_record(plan: PolicyPlan, stage: Stage) -> dict[str, Any] | None:
 
 def _stands_on(plan: PolicyPlan, stage: Stage) -> dict[str, str | None]:
     """Name the records of the stages that a stage needs."""
-    by_label = {one.label: one for one in plan.stages}
-    found = {label: read_record(plan, by_label[label]) for label in stage.needs}
+    found = {label: read_record(plan, plan.stage(label)) for label in stage.needs}
     return {label: None if one is None else str(one["id"]) for label, one in found.items()}
 
 
@@ -240,10 +239,9 @@ class PolicyStudyRun:
 
     def _training_run(self, stage: Stage) -> str | None:
         """Give the MLflow run that trained a stage's policy; None without one in this store."""
-        by_label = {one.label: one for one in self._plan.stages}
-        for label in stage.needs:
-            note = Path(by_label[label].config.get("output", "")) / RUN_NOTE
-            if by_label[label].name == TRAIN and note.exists():
+        for needed in map(self._plan.stage, stage.needs):
+            note = Path(needed.config.get("output", "")) / RUN_NOTE
+            if needed.name == TRAIN and note.exists():
                 run_id = str(read_json(note)["run_id"])
                 return run_id if self._tracker.has_run(run_id) else None
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cdr.report.annotation_data import AnnotationData, DomainReport
 from cdr.report.annotation_verdict import judge
-from cdr.report.html import Plot, render, show_number
+from cdr.report.html import SUBMIT, Plot, render, show_number
 from cdr.report.pairs import ShownPair
 from cdr.report.plots import draw_histogram, draw_lengths
 from cdr.report.reward_text import RewardText, reward_facts
@@ -185,14 +185,13 @@ def _commands(data: AnnotationData) -> Iterator[tuple[str, str]]:
     )
     yield (
         "Other pairs from the same rewards (scores nothing)",
-        "spark-submit --properties-file conf/cluster/local.conf jobs/annotate.py --config YOURS "
+        f"{SUBMIT} jobs/annotate.py --config YOURS "
         "\\\n    --set pairs.min_margin=1.0 --set pairs.length_window.ratio=1.2",
     )
     if data.config.reward.reduction == "sum":
         yield (
             "The same reward per token (scores nothing)",
-            "spark-submit --properties-file conf/cluster/local.conf jobs/annotate.py "
-            "--config YOURS \\\n    --set reward.reduction=mean",
+            f"{SUBMIT} jobs/annotate.py --config YOURS \\\n    --set reward.reduction=mean",
         )
     if data.ui_command:
         yield "This run in MLflow", data.ui_command

@@ -26,6 +26,7 @@ from cdr.report.annotation_gather import RunRows, gather_annotation
 from cdr.report.annotation_page import render_annotation
 from cdr.report.evaluation import EvaluatedRun, gather_evaluation
 from cdr.report.evaluation_page import render_evaluation
+from cdr.report.html import SUBMIT
 from cdr.reward_config import RewardSpec
 from cdr.runs import RunRecord
 from cdr.summary import Summary, summarize
@@ -42,8 +43,7 @@ def report_command(warehouse: Warehouse, *run_ids: str) -> str:
     place = warehouse.place(RUNS)
     elsewhere = "" if place == f"{warehouse.root}/{RUNS.name}" else f" --runs {place}"
     return (
-        "spark-submit --properties-file conf/cluster/local.conf jobs/report.py "
-        f"--warehouse {warehouse.root}{elsewhere} --run {' '.join(run_ids)}"
+        f"{SUBMIT} jobs/report.py --warehouse {warehouse.root}{elsewhere} --run {' '.join(run_ids)}"
     )
 
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cdr.benchmark_report import MEAN_OF_SECTIONS, Score
+from cdr.evaluation_plan import sample_options
 from cdr.report.evaluation import MAX_ROWS_READ, EvaluatedRow, EvaluationData, Margins
 from cdr.report.evaluation_verdict import judge_evaluation
-from cdr.report.html import Plot, render, show_number
+from cdr.report.html import SUBMIT, Plot, render, show_number
 from cdr.report.plots import ScoreLine, draw_mirrored, draw_scores
 from cdr.report.reward_text import RewardText, reward_facts
 from cdr.tracking import redact
 
-_SUBMIT = "spark-submit --properties-file conf/cluster/local.conf"
 _OVERALL = "Overall"
 _DRAWN_PAIRS = 5
 """Pairs from which a subset is drawn: an interval of fewer spans nearly everything."""
@@ -184,17 +184,9 @@ def _plot_margins(section: str, margins: Margins, key: str, unit: str) -> Plot:
 # --- what next -----------------------------------------------------------------------------------
 
 
-def _sample_options(row: EvaluatedRow) -> str:
-    """Give the options that take the run's sample of the benchmark again."""
-    kind, _, number = row.run.dataset.removeprefix(f"{row.config.dataset}.").partition("-")
-    if row.run.dataset == row.config.dataset:
-        return ""
-    return f" --limit {number}" if kind == "limit" else f" --quick --set quick.pairs={number}"
-
-
 def _commands(data: EvaluationData) -> Iterator[tuple[str, str]]:
     first, *others = data.rows
-    sample = _sample_options(first)
+    sample = sample_options(first.config, first.run.dataset)
     yield (
         "Where it is surest and wrong (SQL)",
         "SELECT p.section, p.subset, p.prompt_id, round(p.margin, 2) AS margin,\n"
@@ -210,24 +202,23 @@ def _commands(data: EvaluationData) -> Iterator[tuple[str, str]]:
     if first.reward.reduction == "sum" and first.reward.is_per_token:
         yield (
             "The same rewards per token (scores nothing)",
-            f"{_SUBMIT} jobs/evaluate.py --config YOURS{sample} \\\n"
-            "    --set reward.reduction=mean",
+            f"{SUBMIT} jobs/evaluate.py --config YOURS{sample} \\\n    --set reward.reduction=mean",
         )
     adaptive = any(row.reward.routing.mode == "adaptive" for row in data.rows)
     if adaptive and not any(row.reward.routing.mode == "column" for row in data.rows):
         yield (
             "What the router's mistakes cost",
-            f"{_SUBMIT} jobs/evaluate.py --config YOURS{sample} --audit-router",
+            f"{SUBMIT} jobs/evaluate.py --config YOURS{sample} --audit-router",
         )
     if others:
         yield (
             "Other rows against each other (scores nothing)",
-            f"{_SUBMIT} jobs/evaluate.py --config YOURS{sample} \\\n"
+            f"{SUBMIT} jobs/evaluate.py --config YOURS{sample} \\\n"
             f"    --compare {others[-1].reward.name} {first.reward.name}",
         )
     yield (
         "Annotate with it, where it is above chance",
-        f"{_SUBMIT} jobs/annotate.py --config YOURS \\\n    --set reward=THE_REWARD.yaml",
+        f"{SUBMIT} jobs/annotate.py --config YOURS \\\n    --set reward=THE_REWARD.yaml",
     )
     if data.ui_command:
         yield "These runs in MLflow", data.ui_command

@@ -18,6 +18,9 @@ from cdr.benchmark_report import show_interval, show_percent
 from cdr.report.tokens import Piece, TokenRow
 from cdr.report.verdict import Level
 
+SUBMIT = "spark-submit --properties-file conf/cluster/local.conf"
+"""How the commands that pages print begin."""
+
 _TEXT_CHARACTERS = 3000
 _HEAVIEST = 3  # on either side
 _SHADES = (0.05, 0.25, 0.75, 2.0)

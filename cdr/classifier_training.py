@@ -35,7 +35,15 @@ from cdr.dpo_data import (
     write_pairs,
 )
 from cdr.errors import InputError
-from cdr.tuning import METRICS_FILE, count_tokens, losses, make_lora, make_rows, say
+from cdr.tuning import (
+    METRICS_FILE,
+    count_tokens,
+    losses,
+    make_lora,
+    make_rows,
+    pair_arguments,
+    say,
+)
 
 
 def train_classifier(
@@ -121,29 +129,12 @@ def _make_trainer(
     from transformers import AutoTokenizer
     from trl import RewardConfig, RewardTrainer
 
-    steps = max(1, round(config.epochs * len(rows) / config.batch_size))
     arguments = RewardConfig(
         output_dir=str(output),
-        model_init_kwargs={"dtype": config.dtype, "use_safetensors": True, "device_map": None},
-        # Pairs differ in length: two of them in a forward would be padded to the longer.
-        per_device_train_batch_size=1,
+        **pair_arguments(config, len(rows)),
         gradient_accumulation_steps=config.batch_size,
-        max_steps=steps,
-        learning_rate=config.learning_rate,
-        warmup_steps=max(1, steps // 10),
-        lr_scheduler_type="linear",
-        max_grad_norm=1.0,
-        max_length=None,
-        bf16=config.dtype == "bfloat16",
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        logging_steps=4,
-        logging_first_step=True,
+        model_init_kwargs={"dtype": config.dtype, "use_safetensors": True, "device_map": None},
         save_strategy="no",
-        seed=config.seed,
-        report_to=[],
-        disable_tqdm=True,
     )
     trainer = RewardTrainer(
         model=str(folder),

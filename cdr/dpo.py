@@ -54,6 +54,7 @@ from cdr.tuning import (
     make_lora,
     make_rows,
     open_checkpoints,
+    pair_arguments,
     round_trained,
     save_adapter,
     say,
@@ -189,32 +190,15 @@ def _make_trainer(
             logged["rewards/chosen"].append(config.beta * ratio[0].item())
             return -torch.nn.functional.logsigmoid(margin)
 
-    steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
-    bf16 = config.dtype == "bfloat16"
     arguments = DPOConfig(
         output_dir=str(options.output / CHECKPOINTS),
-        per_device_train_batch_size=1,
+        **pair_arguments(config, len(pairs)),
         gradient_accumulation_steps=config.batch_size // config.processes,
-        max_steps=steps,
-        learning_rate=config.learning_rate,
-        warmup_steps=max(1, steps // 10),
-        lr_scheduler_type="linear",
-        max_grad_norm=1.0,
         beta=config.beta,
-        max_length=None,
-        bf16=bf16,
-        gradient_checkpointing=False,
         remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=False,
-        logging_steps=4,
-        logging_first_step=True,
         save_steps=options.save_steps,
         save_total_limit=None if options.keep_checkpoints else 2,
-        seed=config.seed,
-        report_to=[],
-        disable_tqdm=True,
     )
     trainer = PackedDPOTrainer(
         model=model,

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from cdr.checkpoints import read_json, write_json
+from cdr.dpo_config import PairTrainingConfig
 from cdr.dpo_data import EncodedPair
 
 CHECKPOINTS: Final = "checkpoints"
@@ -68,6 +69,35 @@ def make_rows(pairs: Sequence[EncodedPair], seed: int) -> list[dict[str, Any]]:
     ]
     random.Random(seed).shuffle(rows)
     return rows
+
+
+def pair_arguments(config: PairTrainingConfig, num_pairs: int) -> dict[str, Any]:
+    """Give the arguments of TRL's trainers that `PairTrainingConfig` decides, and what goes along.
+
+    Args:
+        config: the batch is of all processes; the arguments' is of one pair, accumulated.
+        num_pairs: that are trained on.
+    """
+    steps = max(1, round(config.epochs * num_pairs / config.batch_size))
+    return {
+        # Pairs differ in length: two of them in a forward would be padded to the longer.
+        "per_device_train_batch_size": 1,
+        "max_steps": steps,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": max(1, steps // 10),
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0,
+        "max_length": None,  # what is too long has been left out
+        "bf16": config.dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
+        "logging_steps": 4,
+        "logging_first_step": True,
+        "seed": config.seed,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
 
 
 def make_lora(rank: int, task_type: str = "CAUSAL_LM") -> Any:

@@ -55,7 +55,7 @@ def train_classifier(
         model: folder of the causal language model to start from.
         pairs: files and folders of preference tables.
         output: folder to write: weights, tokenizer, and last metrics.json.
-        held_out: JSON lines file to write the held-out pairs to, before anything else; None: none.
+        held_out: JSON lines file to write the held-out pairs to, before training; None: none.
         **hyper: the fields of `PairTrainingConfig` that a user sets.
 
     Returns:

@@ -89,17 +89,18 @@ def train_adapter(options: RunOptions, **hyper: Any) -> dict[str, Any]:
         **hyper,
     )
     train, test = split_pairs(pairs, config.holdout_fraction)
-    if options.held_out is not None and is_first_process():
-        write_pairs(test, options.held_out)
     checkpoints = options.output / CHECKPOINTS
     metrics_file = options.output / METRICS_FILE
     if (checkpoints / CONFIG_FILE).exists():
         config.check_same(read_json(checkpoints / CONFIG_FILE), checkpoints / CONFIG_FILE)
-    if metrics_file.exists():
-        metrics = read_json(metrics_file)
-        config.check_same(metrics["config"], metrics_file)
-        if metrics["training"]["finished"]:
-            return metrics
+    before = read_json(metrics_file) if metrics_file.exists() else None
+    if before:
+        config.check_same(before["config"], metrics_file)
+    # Not before the checks: what lies there may have been trained on these pairs.
+    if options.held_out is not None and is_first_process():
+        write_pairs(test, options.held_out)
+    if before and before["training"]["finished"]:
+        return before
 
     encoder = ChatEncoder.load(str(folder), None, template="own")
     train_fit, train_left_out = encode_pairs(train, encoder, config.max_length)

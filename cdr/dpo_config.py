@@ -119,7 +119,7 @@ class RunOptions:
         save_steps: optimizer steps between checkpoints.
         keep_checkpoints: leave all of them when the training has ended; else the last two lie there
             while it runs.
-        held_out: JSON lines file to write the held-out pairs to, before anything else; None: none.
+        held_out: JSON lines file to write the held-out pairs to, before training; None: none.
     """
 
     model: Path

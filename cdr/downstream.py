@@ -46,6 +46,7 @@ from cdr.reward_config import RewardSpec
 from cdr.runs import new_run_id
 from cdr.staging import Staging
 from cdr.tables import COMPLETIONS
+from cdr.text_table import render_table
 from cdr.tracking import RunTracker, TableVersion, first_line, open_store, resolve_tracking_uri
 from cdr.warehouse import Warehouse
 from cdr.win_rates import Estimate, WinRate, measure_lengths
@@ -393,20 +394,23 @@ class PolicyComparison:
 def render_compared(model: str, found: Mapping[str, Compared]) -> str:
     """Write a comparison for a terminal; rates in percent."""
     other = next(iter(found.values())).other
-    width = max(len(one.reward) for one in found.values()) + 2
-    lines = [
-        f"{model} against {other}: win rate in percent, ties count half, 95 % CI",
-        f"{'by':<{width}}{'win rate':<24}{'wins':>6}{'ties':>6}{'losses':>8}{'left out':>10}"
-        f"{'where longer':>14}{'where shorter':>15}",
-    ]
-    for one in found.values():
-        rate = one.win_rate
-        lines.append(
-            f"{one.reward:<{width}}{_show(rate.rate):<24}{rate.wins:>6,}{rate.ties:>6,}"
-            f"{rate.losses:>8,}{rate.left_out:>10,}"
-            f"{_value(one.where_longer.rate):>14}{_value(one.where_shorter.rate):>15}"
+    header = ("by", "win rate", "wins", "ties", "losses", "left out", "where longer",
+              "where shorter")  # fmt: skip
+    rows = [
+        (
+            one.reward,
+            _show(one.win_rate.rate),
+            one.win_rate.wins,
+            one.win_rate.ties,
+            one.win_rate.losses,
+            one.win_rate.left_out,
+            _value(one.where_longer.rate),
+            _value(one.where_shorter.rate),
         )
-    return "\n".join(lines)
+        for one in found.values()
+    ]
+    told = f"{model} against {other}: win rate in percent, ties count half, 95 % CI"
+    return "\n".join([told, *render_table(header, rows)])
 
 
 def _show(score: Estimate | None) -> str:

@@ -5,13 +5,13 @@ No torch: a command line is checked, and told what is wrong, before a model load
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cdr.errors import ConfigError, ModelError
+from cdr.weights import TAKEN_FILES, hash_files
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any], where: Path) -> None:
@@ -39,7 +39,7 @@ def check_same(now: Mapping[str, Any], before: Mapping[str, Any], where: Path) -
 
 
 def hash_model(folder: Path) -> str:
-    """Hash a model folder's weights, configuration and tokenizer files.
+    """Hash a model folder's weights, configuration, tokenizer and chat template.
 
     Raises:
         ModelError: there is no such folder, or it has no safetensors weights.
@@ -50,20 +50,13 @@ def hash_model(folder: Path) -> str:
             where=str(folder),
             fix="make the demo model with: python -m jobs.make_demo_model",
         )
-    files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
-    if not any(path.suffix == ".safetensors" for path in files):
+    if not any(folder.glob("*.safetensors")):
         raise ModelError(
             "the start model's folder has no .safetensors weights",
             where=str(folder),
             fix="name a folder that transformers' save_pretrained wrote",
         )
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            total.update(
-                f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode()
-            )
-    return total.hexdigest()
+    return hash_files(folder, TAKEN_FILES)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One start at a time in a folder, and jobs as its child processes, which get its signals."""
+"""One start at a time in a folder, and programs as its child processes, which end with it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
 
 from cdr.cli import KEPT
-from cdr.errors import SetupError
+from cdr.errors import SetupError, Stopped
 
 _logger = logging.getLogger(__name__)
 
 _BEGINS = "\n--- started at "
 _TAIL_LINES = 6
+_POLL_S = 0.2
+_GRACE_S = 10.0
 
 
 def search_path() -> str:
@@ -135,6 +138,65 @@ class Children:
         self.stopped = signal.Signals(number).name
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
+
+
+def run_program(
+    command: Sequence[str],
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    says: str,
+    log: Path,
+    stop: Callable[[], str | None],
+) -> int:
+    """Run a program that knows no signals of ours, alone in its folder; give its exit code.
+
+    Args:
+        command: program and arguments.
+        folder: where it works. One that outlives a killed job keeps the next one out.
+        environment: all its variables.
+        says: what it is told on standard input.
+        log: file that gets all it says, in place of what was said before.
+        stop: says why to end it; None to go on.
+
+    Raises:
+        SetupError: another one is at work in the folder.
+        OSError: there is no such program.
+        Stopped: `stop` said so, and the program has ended.
+    """
+    with work_alone(folder) as lock, log.open("wb") as stream, tempfile.TemporaryFile() as told:
+        told.write(says.encode())
+        told.seek(0)
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=told,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
+        )
+        _name_processes(lock, os.getpid(), child.pid)
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(_POLL_S)
+                if reason := stop():
+                    raise Stopped(reason)
+        except BaseException:
+            _end_session(child)
+            raise
+
+
+def _end_session(leader: subprocess.Popen[bytes]) -> None:
+    """End the processes of a session whose leader runs, in good order those that can."""
+    os.killpg(leader.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        leader.wait(_GRACE_S)
+    with contextlib.suppress(ProcessLookupError):  # its children, and itself where it hangs
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
 
 
 def last_lines(log: Path) -> list[str]:

@@ -41,9 +41,9 @@ from cdr.evaluation_config import (
     PairsInputSpec,
 )
 from cdr.evaluation_plan import EvaluationPlan, plan_evaluation
-from cdr.judging import Verdicts
+from cdr.judging import judge_answers
 from cdr.reward_config import RewardSpec
-from cdr.runs import new_run_id
+from cdr.runs import StopSignal, new_run_id
 from cdr.staging import Staging
 from cdr.tables import COMPLETIONS
 from cdr.text_table import render_table
@@ -171,8 +171,24 @@ class DownstreamRun:
             self._found(role, one.as_metrics())
         print(f"\n{render_compared(self._model, found)}")
 
-    def judged(self, verdicts: Verdicts) -> None:
-        """Record and print what a judge said."""
+    def judge(self, questions: Sequence[Question], answers: Mapping[str, Answer]) -> None:
+        """Let the benchmark's tool judge the answers; record and print what it said.
+
+        Raises:
+            Stopped: a signal came, and the tool has ended.
+        """
+        with StopSignal(self._warehouse.spark, max_hours=None) as signals:
+            try:
+                verdicts = judge_answers(
+                    self._config,
+                    questions,
+                    answers,
+                    model=self._model,
+                    stop=lambda: signals.requested,
+                )
+            except Stopped as stopped:
+                print(f"\nstopped: {stopped}. The answers and what was judged before are kept.")
+                raise
         self._found("judge", verdicts.as_metrics())
         lines = [f"judged by {verdicts.judge}, 95 % CI"]
         lines += [f"{name:<27}{_show(score)}" for name, score in verdicts.scores.items()]

@@ -11,7 +11,7 @@ endpoint, and reading its result files back:
 
 A tool works in a folder of its own per policy, judge and content of the answers, so nothing that
 was judged is asked again, and verdicts never stand for other answers than those they were given
-for. The key comes from the environment and is written nowhere.
+for. It ends with the job that called it. The key comes from the environment and is written nowhere.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import pandas as pd
 import yaml
 
 from cdr.answer_files import Answer, Question, hash_answers, write_answers
+from cdr.child_jobs import run_program
 from cdr.downstream_config import DownstreamConfig, JudgeSpec
 from cdr.errors import ConfigError, InputError, SetupError
 from cdr.win_rates import Estimate, estimate_mean, estimate_normal
@@ -98,6 +98,7 @@ def judge_answers(
     answers: Mapping[str, Answer],
     *,
     model: str,
+    stop: Callable[[], str | None] = lambda: None,
 ) -> Verdicts:
     """Have answers judged by the benchmark's tool; what it has judged already is not asked again.
 
@@ -106,9 +107,12 @@ def judge_answers(
         questions: what was asked.
         answers: by question id, one for every question.
         model: what the tool calls the policy.
+        stop: says why to end before the tool has; None to go on.
 
     Raises:
-        SetupError: the tool cannot run, or fails; what it has judged is kept.
+        SetupError: the tool cannot run, fails, or is still at work for a job that was killed; what
+            it has judged is kept.
+        Stopped: `stop` said so.
         InputError: its results are not what is expected, or hold no verdict.
     """
     judge = check_judge(config)
@@ -122,7 +126,7 @@ def judge_answers(
     # Verdicts on earlier answers under this name stay where they are.
     folder = folder.with_name(f"{folder.name}.{hash_answers(answers)[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
-    return call(_Case(config, judge, questions, answers, model, folder))
+    return call(_Case(config, judge, questions, answers, model, folder, stop))
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class _Case:
     answers: Mapping[str, Answer]
     model: str
     folder: Path
+    stop: Callable[[], str | None]
 
     @property
     def log(self) -> Path:
@@ -164,24 +169,21 @@ class _Case:
         if self.judge.base_url is not None:
             # openai before 1.0, and alpaca_eval, read the first; openai since 1.0 the second.
             environment["OPENAI_API_BASE"] = environment["OPENAI_BASE_URL"] = self.judge.base_url
-        with self.log.open("w", encoding="utf-8") as stream:
-            try:
-                code = subprocess.run(
-                    [self.judge.python, *arguments],
-                    cwd=self.folder,
-                    env=environment,
-                    input=says,
-                    text=True,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    check=False,
-                ).returncode
-            except OSError as error:
-                raise SetupError(
-                    f"cannot be run: {error.strerror or error}",
-                    where=self.judge.python,
-                    fix="name the Python of the environment that has the benchmark's tool",
-                ) from None
+        try:
+            code = run_program(
+                [self.judge.python, *arguments],
+                folder=self.folder,
+                environment=environment,
+                says=says,
+                log=self.log,
+                stop=self.stop,
+            )
+        except OSError as error:
+            raise SetupError(
+                f"cannot be run: {error.strerror or error}",
+                where=self.judge.python,
+                fix="name the Python of the environment that has the benchmark's tool",
+            ) from None
         if code:
             tail = self.log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARS:].strip()
             raise SetupError(

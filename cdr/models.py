@@ -70,6 +70,18 @@ class ResolvedModel:
         return hash_files(Path(self.config_folder), _TOKENIZER_FILES)
 
 
+def hash_text_files(path: str) -> str:
+    """Hash what decides how a model's text becomes token ids: its tokenizer and chat template.
+
+    Args:
+        path: the model's folder or URI.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    return hash_files(fetch_small_files(path, None), (*_TOKENIZER_FILES, "chat_template*"))
+
+
 def resolve_models(reward: RewardSpec, *, only_used: bool = True) -> dict[str, ResolvedModel]:
     """Find every model of a reward and compute its key.
 

@@ -35,6 +35,7 @@ from cdr.downstream import answers_file, results_file
 from cdr.downstream_config import DownstreamConfig
 from cdr.errors import CdrError, ConfigError, InputError, SetupError
 from cdr.judging import check_judge
+from cdr.models import hash_text_files
 from cdr.plan import AnnotationPlan, plan_annotation, plan_reward
 from cdr.policy_study_config import ANNOTATE, START, TRAIN, PolicyStudyConfig
 from cdr.registry import load_annotation_plan
@@ -163,16 +164,18 @@ class _Planner:
         self._start_answers: dict[str, tuple[str, str]] = {}
         self._completions = self._start = ""
         self._questions: dict[str, str] = {}
+        self._texts: dict[str, str] = {}
         self._compared_by: dict[str, dict[str, str]] = {}
         self._check_programs()
         with self._at("annotate.input"):
             self._completions = _hash_completions(config.annotate)
         with self._at("train.start"):
             start = config.train.start
-            source = Source(start.path, start.revision, start.checksum)
-            self._start = f"{start.path}@{start.revision}" if start.revision else (
-                start.checksum or hash_source(source)
-            )  # fmt: skip
+            if start.revision is not None:
+                self._start = f"{start.path}@{start.revision}"
+            else:
+                weights = start.checksum or hash_source(Source(start.path, None, None))
+                self._start = content_hash([weights, hash_text_files(start.path)])
         for name, benchmark in config.benchmarks.items():
             self._check_benchmark(name, benchmark)
 
@@ -245,7 +248,7 @@ class _Planner:
             "policy": self._start if train is None else train.key,
             "run as": benchmark.policy.model_dump(mode="json", exclude=_NOT_OF_THE_POLICY),
             "template": benchmark.template,
-            "special_tokens_in_text": benchmark.special_tokens_in_text,
+            "text": self._texts.get(name, ""),
             "sampling": benchmark.sampling.model_dump(mode="json"),
             "questions": self._questions.get(name, ""),
         }
@@ -291,7 +294,8 @@ class _Planner:
             told = [(question.id, question.turns, question.category) for question in questions]
             self._questions[name] = content_hash(told)
         with self._at(f"{key}.policy"):
-            plan_sampling(benchmark.sampling_config("check", "-", benchmark.sampling.temperature))
+            sampling = benchmark.sampling_config("check", "-", benchmark.sampling.temperature)
+            self._texts[name] = plan_sampling(sampling).text_key
         if self._config.judged_by == "tool":
             with self._at(f"{key}.judge"):
                 check_judge(benchmark)

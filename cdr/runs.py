@@ -139,8 +139,8 @@ class StopSignal:
     Work between two waves looks at `requested`. A wave in flight gets a grace period and is then
     given up (its jobs are cancelled); what was committed stays. Under spark-submit the JVM is the
     process that gets the signal and would take the session down at once, so its handler is
-    replaced too. A signal that both get (Ctrl-C in a terminal) counts once; a second one cancels
-    the wave in flight at once.
+    replaced too; on exit all handlers are what they were. A signal that both get (Ctrl-C in a
+    terminal) counts once; a second one cancels the wave in flight at once.
 
     Args:
         spark: the session whose jobs are cancelled.
@@ -161,20 +161,19 @@ class StopSignal:
         # a signal may come while the main thread holds it.
         self._lock = threading.RLock()
         self._is_over = False
-        self._before: dict[int, Any] = {}
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # others may not
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._on_signal)
+                self._undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
         if "DATABRICKS_RUNTIME_VERSION" not in os.environ:  # its JVM is the platform's, not ours
             self._take_over_jvm()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stand_down()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._undo.close()
 
     def stand_down(self) -> None:
         """Cancel nothing from now on: the work is over, only its record is still to be written."""
@@ -229,6 +228,10 @@ class StopSignal:
             class Java:
                 implements = ("sun.misc.SignalHandler",)
 
+        def give_back(received: Any, handler: Any) -> None:
+            with contextlib.suppress(Exception):  # the JVM may be gone
+                jvm_signal.handle(received, handler)
+
         from pyspark.java_gateway import ensure_callback_server_started
 
         gateway = self._spark.sparkContext._gateway
@@ -236,4 +239,6 @@ class StopSignal:
         ensure_callback_server_started(gateway)  # type: ignore[no-untyped-call]
         jvm_signal = gateway.jvm.sun.misc.Signal
         for name in ("TERM", "INT"):
-            jvm_signal.handle(jvm_signal(name), Handler())
+            received = jvm_signal(name)
+            before = jvm_signal.handle(received, Handler())
+            self._undo.callback(give_back, received, before)

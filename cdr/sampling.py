@@ -101,6 +101,7 @@ class SamplingPlan:
         limit: prompts at most; None for all.
         engine: the policy.
         tokenizer: its tokenizer.
+        text_key: hash of all that decides how a prompt becomes token ids.
         sampling_key: hash of all that decides a sample besides prompt and sample number.
     """
 
@@ -108,6 +109,7 @@ class SamplingPlan:
     limit: int | None
     engine: EngineSpec
     tokenizer: TokenizerSpec
+    text_key: str
     sampling_key: str
 
     def load_encoder(self) -> ChatEncoder:
@@ -147,7 +149,7 @@ def plan_sampling(config: GenerateConfig, *, limit: int | None = None) -> Sampli
     decisive = config.sampling.model_dump(mode="json", exclude={"num_samples"})
     text = [tokenizer.template, model.tokenizer_hash(), config.special_tokens_in_text]
     key = content_hash([model.model_key, text, decisive])
-    plan = SamplingPlan(config, limit, model.engine_spec, tokenizer, key)
+    plan = SamplingPlan(config, limit, model.engine_spec, tokenizer, content_hash(text), key)
     check_vocabulary(plan.make_encoder(loaded), tokenizer.vocab_size, who="policy")
     return plan
 

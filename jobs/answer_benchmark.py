@@ -24,7 +24,7 @@ from cdr.answering import Conversations
 from cdr.cli import EXIT_CODES, end, make_parser, positive, run_job
 from cdr.downstream import DownstreamRun, PolicyComparison, read_rival
 from cdr.downstream_config import load_downstream_config
-from cdr.judging import check_judge, judge_answers
+from cdr.judging import check_judge
 from cdr.placement import place
 from cdr.sampling import plan_sampling
 from cdr.session import get_session
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run.note(evaluate([placed], warehouse))
             run.compared(pairs.compared(evaluations))
         if args.judge:
-            run.judged(judge_answers(config, questions, answers, model=model))
+            run.judge(questions, answers)
     return run.exit_code
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from pyspark.sql import SparkSession
 
+from cdr.cli import STOPPED
 from cdr.downstream import LINK_TAG
 from cdr.errors import ConfigError, InputError, SetupError
 from cdr.tables import BENCHMARK_PAIRS, COMPLETIONS, RUNS
@@ -149,6 +150,29 @@ def test_two_turns_are_answered_written_compared_and_linked(
     assert warehouse.read(RUNS).count() == runs + 4  # turns × temperatures, and no evaluation
     limited = json.loads((tmp_path / "answers" / "results" / "tuned.limit-2.json").read_text())
     assert (limited["reward"]["ties"], limited["reward"]["win_rate"]["value"]) == (2, 50)
+
+
+def test_a_signal_ends_the_judges_tool_and_the_job_with_it(
+    spark: SparkSession,
+    tmp_path: Path,
+    policy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool = tmp_path / "tool"
+    (tool / "data").mkdir(parents=True)
+    (tool / "data" / "judge_prompts.jsonl").touch()
+    python = tool / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tool}/pid\nkill -TERM $PPID\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    judge = {"python": str(python), "folder": str(tool), "api_key_variable": "JUDGE_KEY"}
+    arguments = write_config(tmp_path, policy, special_tokens_in_text="as_text", judge=judge)
+    assert main([*arguments, "--judge"]) == STOPPED
+    assert "stopped: SIGTERM. The answers" in capsys.readouterr().out
+    assert not Path("/proc", (tool / "pid").read_text().strip()).exists()
+    run = json.loads((tmp_path / "answers" / "results" / "tuned.json").read_text())["mlflow_run_id"]
+    assert open_store(f"sqlite:///{tmp_path}/mlflow.db").get_run(run).info.status == "KILLED"
 
 
 def test_no_file_is_written_where_a_question_has_no_answer(

@@ -87,6 +87,19 @@ def test_nothing_is_cancelled_any_more_once_the_work_is_over(
         assert stop.requested == "SIGTERM"
 
 
+def test_the_jvms_signals_go_to_the_outer_one_again(spark: SparkSession) -> None:
+    assert spark._jvm is not None
+    jvm = spark._jvm.java.lang.ProcessHandle.current().pid()
+    with StopSignal(spark, None, grace_s=600) as outer:
+        with StopSignal(spark, None, grace_s=600) as inner:
+            pass
+        os.kill(jvm, signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while outer.requested is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert (outer.requested, inner.requested) == ("SIGTERM", None)
+
+
 class WatchedWarehouse(Warehouse):
     """Writes nothing, but notes for every write whether a timer could still cancel it."""
 

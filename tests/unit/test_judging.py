@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 
 from cdr.answer_files import Answer, Question, read_questions
 from cdr.downstream_config import DownstreamConfig
-from cdr.errors import ConfigError, InputError, SetupError
+from cdr.errors import ConfigError, InputError, SetupError, Stopped
 from cdr.judging import Verdicts, check_judge, judge_answers
 
 FAKE = """#!{python}
@@ -27,6 +30,11 @@ call = {{"args": sys.argv[1:], "env": dict(os.environ), "stdin": sys.stdin.read(
 with open(here / "calls.jsonl", "a") as stream:
     stream.write(json.dumps(call) + "\\n")
 args = sys.argv[1:]
+if (here / "hang").exists():
+    import subprocess, time
+    child = subprocess.Popen(["sleep", "600"])  # a tool may have processes of its own
+    (here / "hung").write_text(f"{{os.getpid()}} {{child.pid}}")
+    time.sleep(600)
 if (here / "fail").exists():
     sys.exit("no such model")
 if args[0] == "-c":
@@ -135,12 +143,14 @@ class Case:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
-    def judge(self, text: str = "So.") -> Verdicts:
+    def judge(
+        self, text: str = "So.", *, stop: Callable[[], str | None] = lambda: None
+    ) -> Verdicts:
         answers = {
             question.id: Answer((text,) * len(question.turns), (1,) * len(question.turns))
             for question in self.questions
         }
-        return judge_answers(self.config, self.questions, answers, model="pol")
+        return judge_answers(self.config, self.questions, answers, model="pol", stop=stop)
 
     def calls(self) -> list[dict[str, Any]]:
         file = self.tool / "calls.jsonl"
@@ -213,6 +223,48 @@ def test_a_tool_that_fails_is_told_with_the_end_of_its_log(tmp_path: Path) -> No
     with pytest.raises(SetupError, match=r"exit code 1.*\nno such model") as caught:
         case.judge()
     assert "judge.log" in str(caught.value)
+
+
+def is_running(process: str) -> bool:
+    """Whether a process is there and not a dead one that nobody has looked at yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_stopped_job_leaves_no_process_of_the_tool(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mt_bench")
+    (case.tool / "hang").touch()
+    hung = case.tool / "hung"
+    with pytest.raises(Stopped, match="SIGTERM"):
+        case.judge(stop=lambda: "SIGTERM" if hung.exists() and hung.read_text() else None)
+    assert not [process for process in hung.read_text().split() if is_running(process)]
+    (case.tool / "hang").unlink()
+    assert case.judge().unjudged == 1
+
+
+def test_a_tool_that_outlives_its_job_keeps_the_next_one_out(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mt_bench")
+    (case.tool / "hang").touch()
+    hung = case.tool / "hung"
+
+    def run() -> None:
+        with pytest.raises(Stopped):
+            case.judge(stop=lambda: "end" if (case.tool / "end").exists() else None)
+
+    job = threading.Thread(target=run)
+    job.start()
+    try:
+        while not (hung.exists() and hung.read_text()):
+            assert job.is_alive()
+            time.sleep(0.05)
+        with pytest.raises(SetupError, match="still at work") as caught:
+            case.judge()
+        assert hung.read_text().split()[0] in str(caught.value)
+    finally:
+        (case.tool / "end").touch()
+        job.join()
 
 
 def test_results_without_a_verdict_are_an_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cdr.chat import PLAIN_TEMPLATE
 from cdr.config import load_annotate_config
 from cdr.downstream_config import load_downstream_config
 from cdr.errors import ConfigError, SetupError
@@ -185,8 +187,11 @@ def test_shipped_small_table_has_three_rows_and_held_out_questions() -> None:
 
 
 def test_a_change_is_done_again_where_it_decides_and_nowhere_else(
-    load: Callable[..., PolicyStudyConfig], tmp_path: Path
+    tree: dict[str, Any], load: Callable[..., PolicyStudyConfig], tmp_path: Path
 ) -> None:
+    shutil.copytree(tree["train"]["start"]["path"], tmp_path / "model")
+    tree["train"]["start"]["path"] = str(tmp_path / "model")
+    tree["benchmarks"]["bench"]["policy"]["path"] = str(tmp_path / "model")
     before = keys(load())
     assert list(before) == [
         "start.bench", "plain.annotate", "plain.train", "plain.bench",
@@ -215,6 +220,17 @@ def test_a_change_is_done_again_where_it_decides_and_nowhere_else(
     assert changed("benchmarks.bench.sampling.seed=1") == answered
     # Another reward to compare by: the same answers, which the start's alone are.
     assert changed("benchmarks.bench.reward.reduction=mean") == answered - {"start.bench"}
+    # The same file's name, another template.
+    template = tmp_path / "template.jinja"
+    tree["benchmarks"]["bench"]["template"] = str(template)
+    template.write_text(PLAIN_TEMPLATE)
+    before = keys(load())
+    template.write_text(f"{PLAIN_TEMPLATE} ")
+    assert changed() == answered
+    before = keys(load())
+    (tmp_path / "model" / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+    assert changed() == answered | trained
+    before = keys(load())
     (tmp_path / "completions.jsonl").write_text('{"more": 1}\n')
     assert changed() == trained | {"plain.annotate", "safe.annotate"}
 

@@ -139,6 +139,7 @@ LOOP ?= warehouse/loop
 DONE := $(LOOP)/done
 SAMPLE = $(SUBMIT) jobs/generate.py --config conf/generate/loop.yaml --set warehouse=$(LOOP)
 ANNOTATE = $(SUBMIT) jobs/annotate.py --config conf/annotate/loop.yaml --set warehouse=$(LOOP)
+LOOP_SQL = $(BIN)/spark-sql --properties-file conf/cluster/local.conf --hivevar warehouse=$(abspath $(LOOP))
 plain_REWARD := --set reward.name=loop-plain --set reward.routing.mode=none
 adaptive_REWARD := --set reward.name=loop-adaptive
 plain_POLICY := --set policy.adapter=$(LOOP)/policies/plain/policy
@@ -161,16 +162,19 @@ $(DONE)/trained-%: $(DONE)/annotated-%
 	  --config conf/train/loop.yaml --set warehouse=$(LOOP) --set run.threads=1 \
 	  --set preferences.reward=loop-$* --set output=$(LOOP)/policies/$* && touch $@
 
-$(DONE)/held-out-%: $(DONE)/trained-plain $(DONE)/trained-adaptive
+$(DONE)/sampled-%: $(DONE)/trained-plain $(DONE)/trained-adaptive
 	@$(SAMPLE) $($*_POLICY) --set dataset=held-out-$* --set input.path=conf/demo/loop-held-out.jsonl \
-	  --set sampling.num_samples=2 --set sampling.max_new_tokens=64
-	@for reward in "$(plain_REWARD)" "$(adaptive_REWARD)"; do \
-	  $(ANNOTATE) $$reward --set dataset=held-out-$* || exit 1; done && touch $@
+	  --set sampling.num_samples=2 --set sampling.max_new_tokens=64 && touch $@
 
-$(DONE)/comparison: $(DONE)/held-out-start $(DONE)/held-out-plain $(DONE)/held-out-adaptive
+# All policies' completions of a prompt are one prompt's candidates: a reward reads it once for all.
+$(DONE)/held-out: $(DONE)/sampled-start $(DONE)/sampled-plain $(DONE)/sampled-adaptive
+	@$(LOOP_SQL) -f conf/demo/loop-held-out.sql
+	@for reward in "$(plain_REWARD)" "$(adaptive_REWARD)"; do \
+	  $(ANNOTATE) $$reward --set dataset=held-out || exit 1; done && touch $@
+
+$(DONE)/comparison: $(DONE)/held-out
 	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/loop.yaml --set warehouse=$(LOOP)
-	@$(BIN)/spark-sql --properties-file conf/cluster/local.conf \
-	  --hivevar warehouse=$(abspath $(LOOP)) -f conf/demo/loop.sql > $(LOOP)/comparison.txt && touch $@
+	@$(LOOP_SQL) -f conf/demo/loop.sql > $(LOOP)/comparison.txt && touch $@
 
 policy-demo: setup java ## Which reward makes the best policy, small: a quarter of an hour (ARGS=--dry-run)
 	@$(BIN)/python -m jobs.policy_study --config conf/study/table2-small.yaml $(ARGS)

@@ -285,6 +285,21 @@ def load_annotate_config(path: str | Path, overrides: Sequence[str] = ()) -> Ann
     return load_config(AnnotateConfig, path, overrides)
 
 
+def trial_name(dataset: str, rows: int | None, kind: Literal["limit", "quick"] = "limit") -> str:
+    """Name a dataset in the tables: a trial on some of its rows never replaces those of the whole.
+
+    Args:
+        dataset: its name in the config.
+        rows: prompts, pairs or questions of the trial; None for all there are.
+        kind: how they were chosen: the first ones, or a stratified sample.
+    """
+    return dataset if rows is None else f"{dataset}.{kind}-{rows}"
+
+
+TRIAL = r"\.(limit|quick)-\d+"
+"""Pattern of what `trial_name` adds."""
+
+
 def content_hash(value: object) -> str:
     """Hash a JSON-able value: sha256 hex of its canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

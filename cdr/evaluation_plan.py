@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cdr.config import AnnotateConfig, ColumnsSpec, InputSpec, content_hash
+from cdr.config import AnnotateConfig, ColumnsSpec, InputSpec, content_hash, trial_name
 from cdr.errors import ConfigError
 from cdr.evaluation_config import EvaluateConfig, RowSpec
 from cdr.plan import AnnotationPlan, plan_annotation
@@ -100,8 +100,10 @@ def make_sample(config: EvaluateConfig, *, limit: int | None, quick: bool) -> Sa
 
 
 def dataset_name(config: EvaluateConfig, sample: Sample | None) -> str:
-    """Name the benchmark in the tables: a sample never replaces the rows of the whole."""
-    return config.dataset if sample is None else f"{config.dataset}.{sample.kind}-{sample.pairs}"
+    """Name the benchmark in the tables; see `trial_name`."""
+    return (
+        config.dataset if sample is None else trial_name(config.dataset, sample.pairs, sample.kind)
+    )
 
 
 def sample_options(config: EvaluateConfig, dataset: str) -> str:

@@ -36,6 +36,7 @@ from typing import Literal
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from cdr.config import TRIAL
 from cdr.errors import InputError, TableError
 from cdr.files import Files
 from cdr.inputs import prompt_hash
@@ -412,7 +413,7 @@ class Forgetting:
         name = self._request.dataset
         if name is None:
             return F.lit(True)
-        return F.col("dataset").rlike(rf"^{re.escape(name)}(\.(limit|quick)-\d+)?(\.prompts)?$")
+        return F.col("dataset").rlike(rf"^{re.escape(name)}({TRIAL})?(\.prompts)?$")
 
     def _tables_with_rows(self) -> list[Table]:
         """Give the tables that still, or again, have rows to forget."""

@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_tokenizer, own_template
-from cdr.config import AnnotateConfig, content_hash
+from cdr.config import AnnotateConfig, content_hash, trial_name
 from cdr.encoding import EncodingPlan, TokenizerSpec
 from cdr.engines.adapters import share_weights
 from cdr.engines.base import EngineSpec
@@ -132,7 +132,7 @@ def plan_annotation(
     """
     return AnnotationPlan(
         config=config,
-        dataset=config.dataset if limit is None else f"{config.dataset}.limit-{limit}",
+        dataset=trial_name(config.dataset, limit),
         limit=limit,
         reward=reward or plan_reward(config.reward),
     )

@@ -22,6 +22,7 @@ from dataclasses import replace
 from cdr.answer_files import read_questions
 from cdr.answering import Conversations
 from cdr.cli import EXIT_CODES, end, make_parser, positive, run_job
+from cdr.config import trial_name
 from cdr.downstream import DownstreamRun, PolicyComparison, read_rival
 from cdr.downstream_config import load_downstream_config
 from cdr.judging import check_judge
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.judge:
         check_judge(config)
     plan = plan_sampling(config.sampling_config(config.dataset, "-", config.sampling.temperature))
-    model = config.dataset if args.limit is None else f"{config.dataset}.limit-{args.limit}"
+    model = trial_name(config.dataset, args.limit)
     spark = get_session("cdr answer_benchmark", warehouse=config.warehouse)
     warehouse = Warehouse(spark, config.warehouse, config.tables)
     key = plan.tokenizer.model_key

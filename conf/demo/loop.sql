@@ -2,9 +2,9 @@
 --   spark-sql --properties-file conf/cluster/local.conf --hivevar warehouse=FULL_PATH -f conf/demo/loop.sql
 SET spark.sql.cli.print.header=true;
 WITH held_out AS (
-  SELECT replace(dataset, 'held-out-', '') AS policy, reward_name, reward, num_tokens, finish_reason
+  SELECT split_part(completion_id, '/', 1) AS policy, reward_name, reward, num_tokens, finish_reason
   FROM delta.`${hivevar:warehouse}/rewards`
-  WHERE dataset LIKE 'held-out-%' AND status = 'ok'
+  WHERE dataset = 'held-out' AND status = 'ok'
 ),
 sampled AS (
   SELECT policy, count_if(reward_name = 'loop-plain') AS samples,

@@ -139,14 +139,17 @@ LOOP ?= warehouse/loop
 DONE := $(LOOP)/done
 SAMPLE = $(SUBMIT) jobs/generate.py --config conf/generate/loop.yaml --set warehouse=$(LOOP)
 ANNOTATE = $(SUBMIT) jobs/annotate.py --config conf/annotate/loop.yaml --set warehouse=$(LOOP)
+# Named after the pairs: others are compared on anew.
+COMPARISON := comparison-$(basename $(notdir $(PAIRS)))
+COMPARED_ON := $(if $(HAS_DEMO_PAIRS),loop-pairs,pairs$(if $(EVAL_SAMPLE),.quick-120))
 LOOP_SQL = $(BIN)/spark-sql --properties-file conf/cluster/local.conf --hivevar warehouse=$(abspath $(LOOP))
 plain_REWARD := --set reward.name=loop-plain --set reward.routing.mode=none
 adaptive_REWARD := --set reward.name=loop-adaptive
 plain_POLICY := --set policy.adapter=$(LOOP)/policies/plain/policy
 adaptive_POLICY := --set policy.adapter=$(LOOP)/policies/adaptive/policy
 
-loop-demo: setup java $(DONE)/comparison ## From prompts to two policies, small: sized for 45 minutes of 2 cores
-	@cat $(LOOP)/comparison.txt
+loop-demo: setup java $(DONE)/$(COMPARISON) ## From prompts to two policies, small: 45 minutes of 2 cores (PAIRS=folder)
+	@cat $(LOOP)/$(COMPARISON).txt
 
 .SECONDARY:
 $(DONE)/samples:
@@ -172,9 +175,10 @@ $(DONE)/held-out: $(DONE)/sampled-start $(DONE)/sampled-plain $(DONE)/sampled-ad
 	@for reward in "$(plain_REWARD)" "$(adaptive_REWARD)"; do \
 	  $(ANNOTATE) $$reward --set dataset=held-out || exit 1; done && touch $@
 
-$(DONE)/comparison: $(DONE)/held-out
-	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/loop.yaml --set warehouse=$(LOOP)
-	@$(LOOP_SQL) -f conf/demo/loop.sql > $(LOOP)/comparison.txt && touch $@
+$(DONE)/$(COMPARISON): $(DONE)/held-out
+	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/loop.yaml --set warehouse=$(LOOP) \
+	  $(EVAL_INPUT) $(EVAL_SAMPLE)
+	@$(LOOP_SQL) --hivevar pairs=$(COMPARED_ON) -f conf/demo/loop.sql > $(LOOP)/$(COMPARISON).txt && touch $@
 
 policy-demo: setup java ## Which reward makes the best policy, small: a quarter of an hour (ARGS=--dry-run)
 	@$(BIN)/python -m jobs.policy_study --config conf/study/table2-small.yaml $(ARGS)

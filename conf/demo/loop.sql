@@ -1,5 +1,6 @@
 -- What the loop demo changed: each policy on the held-out prompts and on the labelled pairs.
---   spark-sql --properties-file conf/cluster/local.conf --hivevar warehouse=FULL_PATH -f conf/demo/loop.sql
+--   spark-sql --properties-file conf/cluster/local.conf --hivevar warehouse=FULL_PATH \
+--     --hivevar pairs=loop-pairs -f conf/demo/loop.sql
 SET spark.sql.cli.print.header=true;
 WITH held_out AS (
   SELECT split_part(completion_id, '/', 1) AS policy, reward_name, reward, num_tokens, finish_reason
@@ -18,7 +19,7 @@ sampled AS (
 labelled AS (
   SELECT reward_name AS policy, count(*) AS pairs, count_if(outcome = 'win') AS `right`
   FROM delta.`${hivevar:warehouse}/benchmark_pairs`
-  WHERE dataset = 'loop-pairs' AND status = 'ok'
+  WHERE dataset = '${hivevar:pairs}' AND status = 'ok'
   GROUP BY reward_name
 )
 SELECT policy, samples, plain_reward, adaptive_reward, tokens, cut, `right`, pairs,

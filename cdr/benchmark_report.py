@@ -24,7 +24,7 @@ from cdr.accuracy import (
     measure_length,
     weighted_accuracy,
 )
-from cdr.rewardbench import PRIOR_SETS, SUBSETS, leaderboard_mean, mean_of_sections, weight_of
+from cdr.rewardbench import PRIOR_SETS, SUBSETS, leaderboard_mean, mean_of_sections, weigh_subsets
 from cdr.text_table import render_table
 
 Level = Literal["subset", "section", "overall", "domain", "length", "length_prior"]
@@ -78,10 +78,14 @@ class Score:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Whether the pairs, unweighted, tell the reward from a coin; None without pairs."""
-        if not self.tally.total:
+        """Whether the reward is told from a coin; None without pairs.
+
+        Weighted and by the pairs alone: a bootstrap of a few pairs each knows no spread.
+        """
+        if not self.tally.total or self.interval is None:
             return None
-        low, high = self.tally.interval
+        low = min(self.interval[0], self.tally.interval[0])
+        high = max(self.interval[1], self.tally.interval[1])
         return "above chance" if low > 0.5 else "below chance" if high < 0.5 else "not above chance"
 
     def as_row(self) -> dict[str, Any]:
@@ -317,16 +321,16 @@ def score_pairs(
     for section in shown:
         rows = ok[ok["section"] == section]
         missing = out[out["section"] == section]
-        parts[section] = [
-            (group, weight_of(section, str(name), len(group)))
-            for name, group in rows.groupby("subset", sort=True)
-        ]
+        groups = {str(name): group for name, group in rows.groupby("subset", sort=True)}
+        weights = weigh_subsets(section, {name: len(group) for name, group in groups.items()})
+        parts[section] = [(group, weights[name]) for name, group in groups.items()]
         scores.append(scorer.weigh("section", section, section, parts[section], len(missing)))
         for name in sorted({*rows["subset"], *missing["subset"]}):
             group = rows[rows["subset"] == name]
             left_out = int((missing["subset"] == name).sum())
-            weight = weight_of(section, name, len(group)) if len(group) else None
-            scores.append(scorer.weigh("subset", section, name, [(group, 1.0)], left_out, weight))
+            scores.append(
+                scorer.weigh("subset", section, name, [(group, 1.0)], left_out, weights.get(name))
+            )
     means: list[tuple[str, Any]] = [
         (MEAN_OF_SECTIONS, mean_of_sections(parts, [s for s in shown if s != PRIOR_SETS])),
         (ALL_PAIRS, [(ok, 1.0)]),

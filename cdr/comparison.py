@@ -22,7 +22,7 @@ from cdr.benchmark_report import (
     show_percent,
 )
 from cdr.errors import InputError
-from cdr.rewardbench import PRIOR_SETS, mean_of_sections, weight_of
+from cdr.rewardbench import PRIOR_SETS, mean_of_sections, weigh_subsets
 from cdr.tables import BENCHMARK_PAIRS
 from cdr.text_table import render_table
 from cdr.warehouse import Warehouse
@@ -147,10 +147,9 @@ def compare_judged(
     parts: dict[str, list[tuple[PairedTally, float]]] = {}
     for section in sections:
         rows = both[both["section"] == section]
-        parts[section] = [
-            (_tally(group), weight_of(section, str(name), len(group)))
-            for name, group in rows.groupby("subset", sort=True)
-        ]
+        tallies = {str(n): _tally(group) for n, group in rows.groupby("subset", sort=True)}
+        weights = weigh_subsets(section, {name: t.total for name, t in tallies.items()})
+        parts[section] = [(tally, weights[name]) for name, tally in tallies.items()]
     groups = {section: found for section, found in parts.items() if found}
     overall = mean_of_sections(parts, [s for s in sections if s != PRIOR_SETS])
     if overall is not None:

@@ -92,20 +92,21 @@ def section_of(subset: str) -> str | None:
     return None if found is None else found.section
 
 
-def weight_of(section: str, subset: str, pairs: int) -> float:
-    """Give a subset's weight in its section.
+def weigh_subsets(section: str, pairs: Mapping[str, int]) -> dict[str, float]:
+    """Give the weights of a section's subsets.
 
     Args:
-        section: the section it was given in.
-        subset: its name.
-        pairs: how many of its pairs count.
+        section: its name.
+        pairs: how many pairs of each subset count.
 
     Returns:
-        RewardBench's own weight, also where only a part of its rows is present; for a subset that
-        is not RewardBench's (or stands in another section) its number of pairs.
+        RewardBench's own weights, also where only a part of its rows is present. Where any of the
+        subsets is not RewardBench's in this section, the numbers of pairs: an own weight stands for
+        hundreds of pairs beside the others of the benchmark, and says nothing beside foreign ones.
     """
-    found = SUBSETS.get(subset)
-    return found.weight if found is not None and found.section == section else float(pairs)
+    if all(section_of(name) == section for name in pairs):
+        return {name: SUBSETS[name].weight for name in pairs}
+    return {name: float(count) for name, count in pairs.items()}
 
 
 def mean_of_sections(

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from cdr.accuracy import Interval, Stratum, Tally, accuracy_interval, weighted_accuracy
 from cdr.benchmark_report import ALL_PAIRS, MEAN_OF_SECTIONS
-from cdr.rewardbench import PRIOR_SETS, mean_of_sections, weight_of
+from cdr.rewardbench import PRIOR_SETS, mean_of_sections, weigh_subsets
 from cdr.study_config import StudyConfig
 from cdr.text_table import render_table
 
@@ -345,14 +345,11 @@ def _make_cell(
     sections: Sequence[str],
     overall: str,
 ) -> Cell:
-    parts: dict[str, list[tuple[Tally, float]]] = {
-        section: [
-            (found.tally, weight_of(section, found.subset, found.tally.total))
-            for found in sorted(tallies, key=lambda found: found.subset)
-            if found.section == section
-        ]
-        for section in sections
-    }
+    parts: dict[str, list[tuple[Tally, float]]] = {}
+    for section in sections:
+        by_subset = {t.subset: t.tally for t in tallies if t.section == section}
+        weights = weigh_subsets(section, {name: t.total for name, t in by_subset.items()})
+        parts[section] = [(by_subset[name], weights[name]) for name in sorted(by_subset)]
     wanted = [section for section in sections if section != PRIOR_SETS]
     if overall == MEAN_OF_SECTIONS:
         whole = mean_of_sections(parts, wanted)

@@ -56,24 +56,44 @@ REASONING = [
     *[pair("Reasoning", "math-prm", 1.0)] * 1,
     *[pair("Reasoning", "math-prm", -1.0)] * 3,
     *[pair("Reasoning", "hep-cpp", 1.0)] * 4,
-    *[pair("Reasoning", "gsm8k", -1.0)] * 2,
 ]
 
 
 def test_a_section_weighs_its_subsets_as_rewardbench_does() -> None:
     section = score(REASONING).get("section", "Reasoning")
     assert section is not None
-    # math-prm 1/4 at 984, hep-cpp 4/4 at 164, gsm8k (not RewardBench's) 0/2 at its 2 pairs.
-    assert section.accuracy == pytest.approx((984 / 4 + 164) / (984 + 164 + 2))
-    assert (section.tally.wins, section.tally.total) == (5, 10)
+    # math-prm 1/4 at 984, hep-cpp 4/4 at 164.
+    assert section.accuracy == pytest.approx((984 / 4 + 164) / (984 + 164))
+    assert (section.tally.wins, section.tally.total) == (5, 8)
     assert section.interval is not None
     assert section.interval[0] < section.accuracy < section.interval[1]
+
+
+def test_a_section_with_a_subset_of_ones_own_weighs_every_pair_alike() -> None:
+    rows = [*REASONING, *[pair("Reasoning", "gsm8k", -1.0)] * 2]
+    section = score(rows).get("section", "Reasoning")
+    assert section is not None
+    assert (section.accuracy, section.interval) == (0.5, compute_wilson_interval(5, 10))
+
+
+def test_a_verdict_is_the_weighted_intervals_and_the_pairs() -> None:
+    # All of hep-cpp's few pairs are won: their weight alone draws no spread.
+    rows = [*[pair("Reasoning", "math-prm", 1.0)] * 2, *[pair("Reasoning", "hep-cpp", 1.0)]]
+    found = score(rows).get("section", "Reasoning")
+    assert found is not None
+    assert (found.interval, found.verdict) == ((1.0, 1.0), "not above chance")
+    # Most pairs are won, those that weigh are not.
+    rows = [pair("Reasoning", "hep-cpp", 1.0)] * 60 + [pair("Reasoning", "math-prm", -1.0)] * 10
+    found = score(rows).get("section", "Reasoning")
+    assert found is not None
+    assert found.tally.interval[0] > 0.5
+    assert found.verdict == "not above chance"
 
 
 def test_subsets_have_their_weights_and_wilsons_interval() -> None:
     subsets = {s.name: s for s in score(REASONING).at("subset")}
     assert {name: s.weight for name, s in subsets.items()} == {
-        "gsm8k": 2, "hep-cpp": 164, "math-prm": 984
+        "hep-cpp": 164, "math-prm": 984
     }  # fmt: skip
     assert subsets["math-prm"].interval == compute_wilson_interval(1, 4)
 
@@ -90,7 +110,7 @@ def test_an_absent_section_is_null_and_so_is_the_mean() -> None:
     assert mean.accuracy is None
     everything = report.get("overall", ALL_PAIRS)
     assert everything is not None
-    assert everything.accuracy == 0.5
+    assert everything.accuracy == 5 / 8
     assert report.get("section", PRIOR_SETS) is None
 
 

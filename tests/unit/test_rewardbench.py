@@ -14,7 +14,7 @@ from cdr.rewardbench import (
     leaderboard_mean,
     mean_of_sections,
     section_of,
-    weight_of,
+    weigh_subsets,
 )
 
 # arXiv 2411.02481, Table 1 as printed: Chat, Chat Hard, Safety, Reasoning, Overall.
@@ -93,16 +93,20 @@ def test_length_priors_are_those_of_the_reference() -> None:
     }  # fmt: skip
 
 
-def test_a_part_of_a_subset_keeps_its_weight_and_a_foreign_one_has_its_pairs() -> None:
-    assert weight_of("Reasoning", "math-prm", 20) == 984
-    assert weight_of("Reasoning", "gsm8k", 20) == 20
-    assert weight_of("Chat", "math-prm", 20) == 20  # another section: not RewardBench's
+def test_a_part_of_the_benchmark_keeps_its_weights_and_a_mixed_section_has_its_pairs() -> None:
+    assert weigh_subsets("Reasoning", {"math-prm": 20, "hep-go": 3}) == {
+        "math-prm": 984, "hep-go": 164
+    }  # fmt: skip
+    # Three pairs of RewardBench's would else outweigh hundreds of others.
+    mixed = {"math-prm": 3, "gsm8k": 300}
+    assert weigh_subsets("Reasoning", mixed) == mixed
+    assert weigh_subsets("Chat", {"math-prm": 20}) == {"math-prm": 20}  # in another section
 
 
 def test_reasoning_counts_math_as_much_as_all_code() -> None:
-    math = [("math-prm", weight_of("Reasoning", "math-prm", 447))]
-    code = [(name, weight_of("Reasoning", name, 164)) for name in SUBSETS if name[:3] == "hep"]
-    parts = {section: [("x", 1.0)] for section in SECTIONS} | {"Reasoning": math + code}
+    code = {name: 164 for name in SUBSETS if name[:3] == "hep"}
+    reasoning = list(weigh_subsets("Reasoning", {"math-prm": 447, **code}).items())
+    parts = {section: [("x", 1.0)] for section in SECTIONS} | {"Reasoning": reasoning}
     weighed = dict(mean_of_sections(parts) or ())
     assert weighed["math-prm"] == pytest.approx(1 / 8)
     assert sum(weight for name, weight in weighed.items() if name[:3] == "hep") == pytest.approx(

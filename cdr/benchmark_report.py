@@ -174,19 +174,29 @@ class Report:
 
     def metrics(self) -> dict[str, Any]:
         """Give every number by name, for MLflow; None where absent."""
+        by_level: dict[str, dict[str, dict[str, Any]]] = {}
+        for score in self.scores:
+            name = score.name if score.level != "subset" else f"{score.section}.{score.name}"
+            low, high = score.interval or (None, None)
+            numbers = {
+                "accuracy": score.accuracy,
+                "ci_low": low,
+                "ci_high": high,
+                "longer_wins": score.longer_wins,
+                "pairs": score.tally.total,
+                "ties": score.tally.ties,
+                "left_out": score.left_out,
+            }
+            for number, value in numbers.items():
+                by_level.setdefault(number, {}).setdefault(score.level, {})[name] = value
         return {
-            "accuracy": {
-                level: {
-                    (s.name if level != "subset" else f"{s.section}.{s.name}"): s.accuracy
-                    for s in self.at(level)
-                }
-                for level in ("overall", "section", "subset", "domain")
-            },
-            "longer_wins": {s.name: s.longer_wins for s in self.at("section")},
+            **by_level,
             "balanced_accuracy": {n: e.balanced_accuracy for n, e in self.length.items()},
+            "balanced_ci_low": {n: low for n, (low, _) in self.balanced_intervals.items()},
+            "balanced_ci_high": {n: high for n, (_, high) in self.balanced_intervals.items()},
             "favours_longer": {name: e.favours_longer for name, e in self.length.items()},
             "routed": {section: dict(row) for section, row in self.routed.items()},
-            **self.counts(),
+            "counts": self.counts(),
         }
 
     def counts(self) -> dict[str, int]:

@@ -181,7 +181,8 @@ def audit_router(
         lost: the router (A) against the true domains in its place (B); None: not evaluated.
     """
     ok = router[router["status"] == "ok"]
-    right = ok["domain"] == ok["section"].map(dict(oracle))
+    known = ok[ok["section"].isin(list(oracle))]
+    right = known["domain"] == known["section"].map(dict(oracle))
     rows: list[tuple[object, ...]] = []
     for section, row in report.routed.items():
         domain = oracle.get(section)
@@ -189,7 +190,7 @@ def audit_router(
         others = ", ".join(f"{name} {count:,}" for name, count in row.items() if name != domain)
         share = show_percent(row.get(domain, 0) / total) if domain else None
         rows.append((section, domain, share, others or "0"))
-    rows.append(("all", "", show_percent(float(right.mean())), ""))
+    rows.append(("all", "", show_percent(float(right.mean())) if len(known) else None, ""))
     header = ("section", "right domain", "routed there", "routed elsewhere")
     lines = ["router audit", *render_table(header, rows)]
     if lost is None:

@@ -239,6 +239,9 @@ def summarize_rows(done: list[Evaluated], warehouse: Warehouse) -> str:
         if row.plan.annotation.config.reward.routing.mode == "adaptive":
             oracle = _oracle_of(row, done)
             lost = None if oracle is None else compare_evaluated(row, oracle)
+            if lost is not None and row is not done[0] and oracle is not done[0]:  # kept above
+                config = row.plan.config
+                _record(lost, row.plan.annotation.dataset, config, warehouse)
             blocks.append(audit_router(row.judged, row.report, row.plan.oracle, lost))
     return "\n\n".join(blocks)
 

@@ -91,12 +91,16 @@ DEMO_PAIRS := conf/demo/pairs.jsonl
 PAIRS ?= $(DEMO_PAIRS)
 HAS_DEMO_PAIRS := $(filter $(DEMO_PAIRS),$(PAIRS))
 
-# Of other pairs a sample of 120, in equal shares of sections and subsets: minutes, not hours.
+# Of other pairs a sample of 120, in equal shares of sections and subsets: minutes, not hours. With
+# HELD_OUT=1 of those that a tuning on them has not seen, as the demo adapter's on the pairs it is of.
 EVAL ?= conf/evaluate/demo.yaml
-EVAL_INPUT := $(if $(HAS_DEMO_PAIRS),,--set dataset=pairs --set 'input.path=$(PAIRS)')
+PAIRS_NAME := $(basename $(notdir $(abspath $(PAIRS))))$(if $(HELD_OUT),-held-out)
+EVALUATED := $(if $(HELD_OUT),$(WAREHOUSE)/$(PAIRS_NAME).jsonl,$(PAIRS))
+EVAL_INPUT := $(if $(HAS_DEMO_PAIRS),,--set dataset=$(PAIRS_NAME) --set 'input.path=$(EVALUATED)')
 EVAL_SAMPLE := $(if $(HAS_DEMO_PAIRS)$(filter all,$(ROWS)),,--quick --set quick.pairs=120)
 
-eval-demo: setup java ## Evaluate the demo's rewards on labelled pairs (PAIRS=folder ROWS=all)
+eval-demo: setup java ## Evaluate the demo's rewards on labelled pairs (PAIRS=folder HELD_OUT=1 ROWS=all)
+	@$(if $(HELD_OUT),$(BIN)/python -m jobs.train_dpo --pairs $(PAIRS) --held-out $(EVALUATED))
 	@$(SUBMIT) jobs/evaluate.py --config $(EVAL) --set warehouse=$(WAREHOUSE) \
 	  $(EVAL_INPUT) $(EVAL_SAMPLE) $(ARGS)
 
@@ -140,8 +144,8 @@ DONE := $(LOOP)/done
 SAMPLE = $(SUBMIT) jobs/generate.py --config conf/generate/loop.yaml --set warehouse=$(LOOP)
 ANNOTATE = $(SUBMIT) jobs/annotate.py --config conf/annotate/loop.yaml --set warehouse=$(LOOP)
 # Named after the pairs: others are compared on anew.
-COMPARISON := comparison-$(basename $(notdir $(PAIRS)))
-COMPARED_ON := $(if $(HAS_DEMO_PAIRS),loop-pairs,pairs$(if $(EVAL_SAMPLE),.quick-120))
+COMPARISON := comparison-$(PAIRS_NAME)
+COMPARED_ON := $(if $(HAS_DEMO_PAIRS),loop-pairs,$(PAIRS_NAME)$(if $(EVAL_SAMPLE),.quick-120))
 LOOP_SQL = $(BIN)/spark-sql --properties-file conf/cluster/local.conf --hivevar warehouse=$(abspath $(LOOP))
 plain_REWARD := --set reward.name=loop-plain --set reward.routing.mode=none
 adaptive_REWARD := --set reward.name=loop-adaptive
@@ -166,16 +170,17 @@ $(DONE)/trained-%: $(DONE)/annotated-%
 	  --set preferences.reward=loop-$* --set output=$(LOOP)/policies/$* && touch $@
 
 $(DONE)/sampled-%: $(DONE)/trained-plain $(DONE)/trained-adaptive
-	@$(SAMPLE) $($*_POLICY) --set dataset=held-out-$* --set input.path=conf/demo/loop-held-out.jsonl \
+	@$(SAMPLE) $($*_POLICY) --set dataset=loop-held-out-$* --set input.path=conf/demo/loop-held-out.jsonl \
 	  --set sampling.num_samples=2 --set sampling.max_new_tokens=64 && touch $@
 
 # All policies' completions of a prompt are one prompt's candidates: a reward reads it once for all.
 $(DONE)/held-out: $(DONE)/sampled-start $(DONE)/sampled-plain $(DONE)/sampled-adaptive
 	@$(LOOP_SQL) -f conf/demo/loop-held-out.sql
 	@for reward in "$(plain_REWARD)" "$(adaptive_REWARD)"; do \
-	  $(ANNOTATE) $$reward --set dataset=held-out || exit 1; done && touch $@
+	  $(ANNOTATE) $$reward --set dataset=loop-held-out || exit 1; done && touch $@
 
 $(DONE)/$(COMPARISON): $(DONE)/held-out
+	@$(if $(HELD_OUT),$(BIN)/python -m jobs.train_dpo --pairs $(PAIRS) --held-out $(EVALUATED))
 	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/loop.yaml --set warehouse=$(LOOP) \
 	  $(EVAL_INPUT) $(EVAL_SAMPLE)
 	@$(LOOP_SQL) --hivevar pairs=$(COMPARED_ON) -f conf/demo/loop.sql > $(LOOP)/$(COMPARISON).txt && touch $@

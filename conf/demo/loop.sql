@@ -5,7 +5,7 @@ SET spark.sql.cli.print.header=true;
 WITH held_out AS (
   SELECT split_part(completion_id, '/', 1) AS policy, reward_name, reward, num_tokens, finish_reason
   FROM delta.`${hivevar:warehouse}/rewards`
-  WHERE dataset = 'held-out' AND status = 'ok'
+  WHERE dataset = 'loop-held-out' AND status = 'ok'
 ),
 sampled AS (
   SELECT policy, count_if(reward_name = 'loop-plain') AS samples,

@@ -2,8 +2,6 @@
 
     python -m jobs.train_dpo --pairs FOLDER --output conf/models/NAME
 
-Without --output, `--held-out FILE` only writes the pairs that a tuning on these would not see.
-
 A try of two minutes on a laptop: add `--max-pairs 16 --max-length 160 --output try`. On a CPU that
 others share, two processes of one thread each are faster than one of two threads:
 
@@ -20,7 +18,6 @@ from pathlib import Path
 from cdr import cli
 from cdr.demo_model import resolve_demo_model_dir
 from cdr.dpo_config import RunOptions
-from cdr.dpo_data import read_pairs, split_pairs, write_pairs
 from cdr.dpo_report import describe_command, render_table
 from cdr.engines.hardware import resolve_dtype
 
@@ -46,8 +43,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     pairs += "chosen, rejected (text or one assistant message), and, where there, section, subset, "
     pairs += "group, split, source, license"
     add("--pairs", type=Path, nargs="+", required=True, metavar="PATH", help=pairs)
-    output = "adapter folder to write; without it nothing is trained, and --held-out is all that is"
-    add("--output", type=Path, metavar="FOLDER", help=f"{output} written")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="adapter folder to write")
     demo = resolve_demo_model_dir()
     add("--model", type=Path, default=demo, metavar="FOLDER", help="the model to start from")
     name = "what the adapter calls it; None for the folder's name"
@@ -82,26 +78,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--keep-checkpoints", action="store_true", help=keep)
     held_out = "write the held-out pairs there (JSON lines), to measure other rewards on them"
     add("--held-out", type=Path, metavar="FILE", help=held_out)
-    args = parser.parse_args(argv)
-    if args.output is None and args.held_out is None:
-        parser.error("one of --output and --held-out is required")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and measure; 0 when done, 4 when stopped early, else the error's code."""
     args = parse_args(argv)
     command = describe_command(sys.argv[1:] if argv is None else argv)
-    return cli.run_job(lambda: train(args, command) if args.output else hold_out(args))
-
-
-def hold_out(args: argparse.Namespace) -> int:
-    """Write the pairs that a training with these options would hold out."""
-    train_pairs, held_out = split_pairs(read_pairs(args.pairs), args.holdout_fraction)
-    write_pairs(held_out, args.held_out)
-    pairs = len(train_pairs) + len(held_out)
-    print(f"{len(held_out):,} of {pairs:,} pairs are held out: {args.held_out}")
-    return cli.OK
+    return cli.run_job(lambda: train(args, command))
 
 
 def train(args: argparse.Namespace, command: str) -> int:

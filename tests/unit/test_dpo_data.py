@@ -29,6 +29,7 @@ from cdr.dpo_data import (
 )
 from cdr.dpo_report import HeldOutPair, describe_command, summarize
 from cdr.errors import ConfigError, InputError, RejectReason, RowRejected
+from jobs.hold_out import main as hold_out
 
 
 def make_pair(prompt: str = "p", **fields: Any) -> PreferencePair:
@@ -281,3 +282,16 @@ def test_command_in_the_card_names_no_place_of_this_machine(
     assert command == (
         "torchrun --nproc-per-node 2 -m jobs.train_dpo --pairs pairs --output conf/models/m"
     )
+
+
+def test_held_out_pairs_are_written_as_a_tuning_splits_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / "pairs.jsonl", tmp_path / "held-out.jsonl"
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--pairs", str(file), "--output", str(output), "--holdout-fraction", "0.25"]
+    assert hold_out(command) == 0
+    _, held_out = split_pairs(read_pairs([file]), 0.25)
+    assert {pair.key for pair in read_pairs([output])} == {pair.key for pair in held_out}
+    assert "5 of 20 pairs are held out" in capsys.readouterr().out

@@ -33,6 +33,7 @@ from cdr.warehouse import Warehouse
 from jobs.annotate import annotate
 from jobs.annotate import main as annotate_main
 from jobs.register_reward import main as register
+from tests.chat_endpoint import say, serve
 from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe, make_smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,9 +325,7 @@ def judged(store: Store, spark: SparkSession) -> Warehouse:
     }
     config["input"]["path"] = str(source)
     (store.folder / "judged.yaml").write_text(yaml.safe_dump(config))
-    plan = load_annotation_plan(
-        store.folder / "judged.yaml", ["reward=models:/referee@champion"]
-    )
+    plan = load_annotation_plan(store.folder / "judged.yaml", ["reward=models:/referee@champion"])
     warehouse = Warehouse(spark, plan.config.warehouse)
     assert annotate(plan, warehouse) == 0
     return warehouse
@@ -397,9 +396,7 @@ def test_a_judge_in_sql_counts_the_candidates_and_a_group_holds_a_prompt_whole(
     def judge(prompt: pd.DataFrame) -> pd.DataFrame:
         mlflow.set_tracking_uri(uri)
         model = mlflow.pyfunc.load_model("models:/referee/1")
-        scored = model.predict(
-            prompt[["prompt", "completion"]].assign(num_candidates=len(prompt))
-        )
+        scored = model.predict(prompt[["prompt", "completion"]].assign(num_candidates=len(prompt)))
         return pd.DataFrame(
             {
                 "completion_id": prompt["completion_id"],
@@ -423,9 +420,9 @@ def test_a_judge_in_sql_counts_the_candidates_and_a_group_holds_a_prompt_whole(
 def test_an_api_judge_is_registered_without_its_key_and_asked_by_one_task(
     spark: SparkSession, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("REFEREE_KEY", "sk-of-nobody")
-    with serve(lambda question, _: say("A" if "to 0" in question else "B")) as endpoint:
-        api = {"base_url": endpoint.base_url, "api_key_variable": "REFEREE_KEY"}
+    monkeypatch.setenv("JUDGE_KEY", "sk-of-nobody")  # workers have another
+    with serve(lambda *_: say("A")) as endpoint:
+        api = {"base_url": endpoint.base_url, "api_key_variable": "JUDGE_KEY"}
         reward = {
             "name": "gpt",
             "form": "judge",
@@ -451,10 +448,14 @@ def test_an_api_judge_is_registered_without_its_key_and_asked_by_one_task(
         assert list(scored["reward"]) == [0.0, 0.0]  # always the first, in both orders
         function = mlflow.pyfunc.spark_udf(spark, "models:/gpt/1", env_manager="local")
         answers = spark.createDataFrame(
-            [(f"Question {i}: a fox?", f"{j} to {i}") for i in range(8) for j in range(2)],
+            [(f"Question {i}: a fox?", f"Answer {j}.") for i in range(8) for j in range(2)],
             "prompt string, completion string",
-        ).withColumn("s", function("prompt", "completion", F.lit(2).cast("long")))
-        rewards = [row["s"]["reward"] for row in answers.coalesce(1).collect()]
+        )
+        asked = function("prompt", "completion", F.lit(2).cast("long")).alias("s")
+        rows = answers.coalesce(1).select(asked).collect()
+        assert [row["s"]["reward"] for row in rows] == [0.0] * 16
+        with pytest.raises(Exception, match="its limits hold for one Spark task at a time"):
+            answers.repartition(4, "prompt").select(asked).collect()
 
 
 def test_the_same_reward_is_not_registered_twice_and_a_changed_pack_is_a_new_version(

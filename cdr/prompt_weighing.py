@@ -22,7 +22,6 @@ from cdr.judge import LABELS, mean_odds
 from cdr.plan import RewardPlan
 from cdr.questions import Question, cut_requests, describe_error, sum_logprobs
 from cdr.reward import reward_value, strong_term, weak_term
-from cdr.reward_config import ApiSpec
 
 _CHUNK_VIEWS = 4096
 
@@ -298,11 +297,11 @@ def _ask_endpoint(encoded: Sequence[EncodedPrompt], plan: RewardPlan) -> dict[by
         for view in prompt.views
         if view.question is not None
     }
-    if not asked:
+    model = plan.spec.models["judge"]
+    if not asked or model.api is None:
         return {}
     _refuse_several_tasks()
-    (engine,) = plan.engines
-    with ApiJudge(engine.path, ApiSpec.model_validate_json(engine.extra)) as judge:
+    with ApiJudge(model.path, model.api) as judge:
         return dict(zip(asked, judge.ask(list(asked.values())), strict=True))
 
 

@@ -240,21 +240,19 @@ def _escape(value: Any) -> Any:
 
 def _model_parts(model: ResolvedModel) -> dict[str, str]:
     spec, engine = model.spec, model.engine_spec
+    parts = {**describe_weights(model), "engine": engine.engine}
     if spec.api is not None:
-        return {
-            **describe_weights(model),
-            "engine": engine.engine,
+        parts |= {
             "api.base_url": spec.api.base_url,
             "api.max_tokens": str(spec.api.max_tokens),
         }
-    parts = {
-        **describe_weights(model),
-        "engine": engine.engine,
-        "dtype": engine.dtype,
-        "head_dtype": engine.head_dtype,
-        "max_length": str(spec.max_length),
-        "tokenizer": model.tokenizer_hash()[:16],
-    }
+    else:
+        parts |= {
+            "dtype": engine.dtype,
+            "head_dtype": engine.head_dtype,
+            "max_length": str(spec.max_length),
+            "tokenizer": model.tokenizer_hash()[:16],
+        }
     if spec.quantization is not None:
         parts["quantization"] = spec.quantization
     if spec.output is not None:

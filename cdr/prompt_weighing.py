@@ -24,6 +24,7 @@ from cdr.questions import Question, cut_requests, describe_error, sum_logprobs
 from cdr.reward import reward_value, strong_term, weak_term
 
 _CHUNK_VIEWS = 4096
+"""Questions to a judge that are in memory at a time, or those of one prompt."""
 
 _Key = tuple[str, bytes, bytes]
 """Model key, prefix hash, completion hash: as in `logprobs`."""

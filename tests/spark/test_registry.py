@@ -380,9 +380,9 @@ def test_a_registered_judge_gives_whole_prompts_the_rewards_of_the_run(
 
 @pytest.mark.usefixtures("in_store")
 def test_a_judge_in_sql_counts_the_candidates_and_a_group_holds_a_prompt_whole(
-    spark: SparkSession, store: Store, judged: Warehouse
+    spark: SparkSession, judged: Warehouse, tmp_path: Path
 ) -> None:
-    uri, rewards = store.uri, judged.read(REWARDS)
+    rewards = judged.read(REWARDS)
     spark.udf.register(
         "cdr_judge", mlflow.pyfunc.spark_udf(spark, "models:/referee/1", env_manager="local")
     )
@@ -393,10 +393,14 @@ def test_a_judge_in_sql_counts_the_candidates_and_a_group_holds_a_prompt_whole(
             FROM judged)
     """)
 
+    folder = mlflow.artifacts.download_artifacts("models:/referee/1", dst_path=str(tmp_path))
+    models: dict[str, Any] = {}
+
     def judge(prompt: pd.DataFrame) -> pd.DataFrame:
-        mlflow.set_tracking_uri(uri)
-        model = mlflow.pyfunc.load_model("models:/referee/1")
-        scored = model.predict(prompt[["prompt", "completion"]].assign(num_candidates=len(prompt)))
+        if not models:
+            models["judge"] = mlflow.pyfunc.load_model(folder)
+        given = prompt[["prompt", "completion"]].assign(num_candidates=len(prompt))
+        scored = models["judge"].predict(given)
         return pd.DataFrame(
             {
                 "completion_id": prompt["completion_id"],
@@ -407,12 +411,9 @@ def test_a_judge_in_sql_counts_the_candidates_and_a_group_holds_a_prompt_whole(
         )
 
     schema = "completion_id string, stored double, reward double, error string"
-    # Two prompts: MLflow reads the model anew for each.
-    grouped = (
-        rewards.where("prompt_id IN ('p0', 'p1')").groupBy("prompt_id").applyInPandas(judge, schema)
-    )
-    for rows, count in ((in_sql.collect(), 12), (grouped.collect(), 6)):
-        assert len(rows) == count
+    grouped = rewards.groupBy("prompt_id").applyInPandas(judge, schema)
+    for rows in (in_sql.collect(), grouped.collect()):
+        assert len(rows) == 12
         assert all((row["reward"], row["error"]) == (row["stored"], "") for row in rows)
 
 

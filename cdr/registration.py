@@ -118,7 +118,7 @@ def register_reward(
         force: make a new version in any case.
 
     Raises:
-        ConfigError: the name or alias cannot be one, or the config holds a password.
+        ConfigError: the name or alias cannot be one, or an endpoint's address holds a password.
         SetupError: the store or registry cannot be used.
     """
     _refuse_passwords(plan)
@@ -183,19 +183,18 @@ def version_tags(plan: RewardPlan) -> dict[str, str]:
 
 
 def _refuse_passwords(plan: RewardPlan) -> None:
-    """Refuse a config with a password in an address: a version has it as it is, for all to read."""
+    """Refuse an endpoint with a password in its address: a version has it as it is."""
     problems = [
-        f"models.{role}: has a user name or password in an address, which all readers of the "
-        "registry would see"
+        f"models.{role}.api.base_url: must have no user name or password, which all readers of "
+        "the registry would see"
         for role, model in plan.spec.models.items()
-        if (told := model.model_dump(mode="json")) != redact(told)
+        if model.api is not None and redact(model.api.base_url) != model.api.base_url
     ]
     if problems:
         raise ConfigError(
             problems,
             where=f"reward '{plan.spec.name}'",
-            fix="keep it in the environment: of an endpoint in the variable that "
-            "api.api_key_variable names, of a bucket where its client looks",
+            fix="keep it in the environment, in the variable that api.api_key_variable names",
         )
 
 

@@ -130,7 +130,7 @@ def test_the_key_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(SetupError, match="JUDGE_KEY is not set"):
         RewardModel(plan).score(make_rows("A fox?", "yes", "no"))
-    with pytest.raises(ConfigError, match=r"models\.judge: has a user name or password") as caught:
+    with pytest.raises(ConfigError, match=r"api\.base_url: must have no user name") as caught:
         register_reward(plan_reward(make_judge("https://me:hidden@host/v1")), uri="unused")
     assert "hidden" not in str(caught.value)
 

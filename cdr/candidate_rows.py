@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cdr.chat import Message
 from cdr.errors import RejectReason, RowRejected
+
+PromptName = tuple[str, str | None]
+"""Hash of a prompt, and the domain given with it: what tells prompts apart."""
 
 ROLES = ("system", "user", "assistant")
 # As in Java, where only ASCII's blanks are blank.
@@ -37,6 +40,11 @@ class CandidateRow:
     completion: str
     finish_reason: str | None
     domain: str | None
+
+    @property
+    def prompt_name(self) -> PromptName:
+        """What tells its prompt from others."""
+        return hash_messages(self.messages), self.domain
 
 
 def read_row(row: Mapping[str, Any], domains: Sequence[str] | None) -> CandidateRow:
@@ -63,17 +71,43 @@ def read_row(row: Mapping[str, Any], domains: Sequence[str] | None) -> Candidate
         raise RowRejected(RejectReason.EMPTY_COMPLETION, "the completion is empty")
     domain = None
     if domains is not None:
-        domain = None if _is_null(row.get("domain")) else row["domain"]
+        domain = _optional(row, "domain")
         if domain not in domains:
             known = f"the domain must be one of {', '.join(domains)}"
             raise RowRejected(RejectReason.UNKNOWN_DOMAIN, known)
-    finish_reason = row.get("finish_reason")
+    finish_reason = _optional(row, "finish_reason")
     return CandidateRow(
         messages=messages,
         completion=completion,
-        finish_reason=None if _is_null(finish_reason) else str(finish_reason),
+        finish_reason=None if finish_reason is None else str(finish_reason),
         domain=domain,
     )
+
+
+def count_candidates(
+    rows: Iterable[Mapping[str, Any]], domains: Sequence[str] | None
+) -> dict[PromptName, tuple[int, set[int | None]]]:
+    """Count the rows of each prompt, those with a completion that is refused among them.
+
+    Args:
+        rows: as for `read_row`; `num_candidates` says how many rows the prompt has in all.
+        domains: as for `read_row`.
+
+    Returns:
+        Per prompt, how many rows there are and what they say; None where one says nothing. Rows
+        whose prompt is refused belong to none.
+    """
+    found: dict[PromptName, tuple[int, set[int | None]]] = {}
+    for row in rows:
+        try:
+            messages = _read_messages(row["prompt"])
+        except RowRejected:
+            continue
+        domain = None if domains is None else _optional(row, "domain")
+        count, said = found.get(name := (hash_messages(messages), domain), (0, set()))
+        given = row["num_candidates"]
+        found[name] = (count + 1, said | {None if _is_null(given) else int(given)})
+    return found
 
 
 def hash_messages(messages: Sequence[Message]) -> str:
@@ -112,6 +146,11 @@ def _read_turns(prompt: Any) -> tuple[Message, ...]:
             "the prompt must be text, or a list of turns with role and content, "
             f"got {type(prompt).__name__}",
         ) from None
+
+
+def _optional(row: Mapping[str, Any], name: str) -> Any:
+    value = row.get(name)
+    return None if _is_null(value) else value
 
 
 def _is_null(value: object) -> bool:

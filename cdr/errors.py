@@ -170,6 +170,10 @@ class FailReason(StrEnum):
     `max_length` or `batch_tokens`; the host's log has its last words."""
     ENGINE_ERROR = "engine_error"
     """The engine refused this request; `rewards.error` and the host's log say why. Run again."""
+    INCOMPLETE_PROMPT = "incomplete_prompt"
+    """A registered judge was called with another number of the prompt's rows than
+    `num_candidates` says, and asked nothing: give a call whole prompts, see
+    docs/how-to/registry.md. Never in a job's tables."""
     NOT_SCORED = "not_scored"
     """The run ended before its turn, or a wave was given up. Run again."""
     JUDGE_TIMEOUT = "judge_timeout"

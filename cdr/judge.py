@@ -13,7 +13,9 @@ least-squares Bradley–Terry score, times N / (N − 1).
 
 Source of the baseline: arXiv 2411.02481, Table 1, "Generative reward": the strong model with the
 same instructions. Wording, letters and both orders are ours (docs/decisions/0007-reward-kinds.md).
-Pure functions: no Spark, no torch, no I/O.
+The mean is here twice, as the maths of `cdr.reward`: for one candidate in plain Python
+(`mean_odds`) and for a table as a Spark column (`mean_odds_column`). The two agree to the last bit.
+No torch, no I/O.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import TYPE_CHECKING
 from cdr.config import content_hash
 
 if TYPE_CHECKING:
+    from pyspark.sql import Column
+
     from cdr.chat import Message
 
 LABELS = ("A", "B")
@@ -72,3 +76,36 @@ def judge_messages(
         second=second,
     )
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task}]
+
+
+def mean_odds(odds: Sequence[float | None]) -> float | None:
+    """Give a candidate's reward from what it got in each question it stands in.
+
+    Args:
+        odds: for it against its rival, at least one, in any order: log-odds in nats, or of a
+            verdict 1 where it won and −1 where it lost; None where the question has no answer.
+
+    Returns:
+        The mean; None where an answer lacks.
+    """
+    # Sorted: a sum of doubles depends on its order. Not the built-in sum(), as in `cdr.reward`.
+    total = 0.0
+    for one in sorted(one for one in odds if one is not None):
+        total += one
+    return None if None in odds else total / len(odds)
+
+
+def mean_odds_column(odds: Column, questions: Column) -> Column:
+    """Build the same mean for each row of a table.
+
+    Args:
+        odds: array of doubles, without those of questions that have no answer.
+        questions: number of questions, at least 1.
+
+    Returns:
+        A double; null where an answer lacks.
+    """
+    from pyspark.sql import functions as F
+
+    total = F.aggregate(F.array_sort(odds), F.lit(0.0), lambda whole, one: whole + one)
+    return F.when(F.size(odds) == questions, total / questions)

@@ -183,7 +183,7 @@ class JudgeEncoder:
                 criteria = conditioned.criteria
                 instruction_id = conditioned.instruction_id
                 exemplar_id = conditioned.exemplar_id
-            answers, num_tokens = self._read(candidates, rejected)
+            answers = self._read(candidates, rejected)
             for first, second in permutations(answers, 2):
                 asked[first, second] = self._questions.ask(
                     judge_messages(messages, criteria, first, second)
@@ -191,7 +191,7 @@ class JudgeEncoder:
         except RowRejected as refusal:
             return refuse_prompt(candidates, refusal)
         lengths = {pair: len(prefix_ids) for pair, (prefix_ids, _) in asked.items()}
-        self._refuse_too_long(answers, num_tokens, lengths, rejected)
+        self._refuse_too_long(answers, lengths, rejected)
         if len(answers) == 1:
             (alone,) = answers.values()
             detail = "a judge compares answers, and this one has no other"
@@ -203,9 +203,9 @@ class JudgeEncoder:
                 self._condition,
                 asked[pair][0],
                 tuple(
-                    EncodedCandidate(name, ids, False, num_tokens[text])
+                    EncodedCandidate(name, ids, False, num_tokens)
                     for text, ids in zip(pair, self._questions.letters, strict=True)
-                    for name in answers[text]
+                    for name, num_tokens in answers[text].items()
                 ),
                 asked[pair][1],
             )
@@ -217,25 +217,21 @@ class JudgeEncoder:
 
     def _read(
         self, candidates: Sequence[Candidate], rejected: list[Refusal]
-    ) -> tuple[dict[str, list[str]], dict[str, int]]:
-        """Give the ids and the tokens of each different answer; note those that are refused."""
-        answers: dict[str, list[str]] = {}
-        num_tokens: dict[str, int] = {}
+    ) -> dict[str, dict[str, int]]:
+        """Give each different answer's candidates and their tokens; note those that are refused."""
+        answers: dict[str, dict[str, int]] = {}
         for candidate in candidates:
-            text = candidate.completion
             try:
                 count = self._questions.count_tokens(candidate)
             except RowRejected as refusal:
                 rejected.append((candidate.completion_id, refusal.reason, refusal.detail))
                 continue
-            answers.setdefault(text, []).append(candidate.completion_id)
-            num_tokens[text] = count
-        return answers, num_tokens
+            answers.setdefault(candidate.completion, {})[candidate.completion_id] = count
+        return answers
 
     def _refuse_too_long(
         self,
-        answers: dict[str, list[str]],
-        num_tokens: dict[str, int],
+        answers: dict[str, dict[str, int]],
         lengths: dict[tuple[str, str], int],
         rejected: list[Refusal],
     ) -> None:
@@ -245,6 +241,6 @@ class JudgeEncoder:
             longest = max(lengths[pair] for pair in permutations(answers, 2))
             if longest <= limit:
                 return
-            text = max(answers, key=lambda text: (num_tokens[text], text))
+            text = max(answers, key=lambda text: (max(answers[text].values()), text))
             detail = f"a question of {longest} tokens, the judge takes {limit}"
             rejected += [(name, RejectReason.TOO_LONG, detail) for name in answers.pop(text)]

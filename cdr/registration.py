@@ -21,6 +21,8 @@ from cdr.config import TrackingSpec
 from cdr.errors import ConfigError, InputError, SetupError
 from cdr.plan import RewardPlan
 from cdr.registry import KEY_TAG, Registry, RewardVersion, check_name
+from cdr.report.reward_text import RewardText
+from cdr.reward_config import RewardSpec
 from cdr.reward_files import describe_weights, package_version, write_reward
 from cdr.tracking import RunTracker, first_line, redact, resolve_tracking_uri
 
@@ -116,15 +118,10 @@ def register_reward(
         force: make a new version in any case.
 
     Raises:
-        ConfigError: the name or alias cannot be one, or the reward is a judge.
+        ConfigError: the name or alias cannot be one, or an endpoint's address holds a password.
         SetupError: the store or registry cannot be used.
     """
-    if plan.spec.is_judge:
-        raise ConfigError(
-            [f"form: '{plan.spec.form}' compares the candidates of a prompt, so it is no function "
-             "of a row, as a registered reward is"],
-            fix="give its YAML to jobs/annotate.py or jobs/evaluate.py",
-        )  # fmt: skip
+    _refuse_passwords(plan)
     name = name or plan.spec.name
     check_name("--name", name)
     if alias is not None:
@@ -152,16 +149,23 @@ def describe(plan: RewardPlan) -> str:
     lines = [reward.description.strip() or f"Reward {reward.name}.", ""]
     for role, model in plan.models.items():
         weights = " + ".join(describe_weights(model).values())
-        engine = model.engine_spec
-        lines.append(f"- {role}: `{weights}` ({engine.engine}, {engine.dtype})")
-    terms = ", ".join(f"{t.weight:+g} {t.model}/{t.condition}" for t in reward.resolved_terms())
+        engine, api = model.engine_spec, model.spec.api
+        runs = engine.dtype if api is None else f"{api.base_url}, key in {api.api_key_variable}"
+        lines.append(f"- {role}: `{weights}` ({engine.engine}, {runs})")
     pack = "none" if plan.pack is None else f"{plan.pack.name} {plan.pack.version}"
     lines += [
-        f"- terms: {terms}; {reward.reduction}",
+        f"- {_describe_weighing(reward)}",
         f"- prompt pack: {pack}; routing: {reward.routing.mode}",
         f"- reward key: `{plan.key}`",
     ]
     return "\n".join(lines)
+
+
+def _describe_weighing(reward: RewardSpec) -> str:
+    if reward.is_judge:
+        return f"compares all candidates of a prompt: {RewardText.of(reward).formula}"
+    terms = ", ".join(f"{t.weight:+g} {t.model}/{t.condition}" for t in reward.resolved_terms())
+    return f"terms: {terms}; {reward.reduction}"
 
 
 def version_tags(plan: RewardPlan) -> dict[str, str]:
@@ -176,6 +180,22 @@ def version_tags(plan: RewardPlan) -> dict[str, str]:
     for role, model in plan.models.items():
         tags |= {f"cdr_{role}_{part}": text for part, text in describe_weights(model).items()}
     return {tag: str(redact(text))[:_MAX_TAG_CHARS] for tag, text in tags.items()}
+
+
+def _refuse_passwords(plan: RewardPlan) -> None:
+    """Refuse an endpoint with a password in its address: a version has it as it is."""
+    problems = [
+        f"models.{role}.api.base_url: must have no user name or password, which all readers of "
+        "the registry would see"
+        for role, model in plan.spec.models.items()
+        if model.api is not None and redact(model.api.base_url) != model.api.base_url
+    ]
+    if problems:
+        raise ConfigError(
+            problems,
+            where=f"reward '{plan.spec.name}'",
+            fix="keep it in the environment, in the variable that api.api_key_variable names",
+        )
 
 
 def _log(
@@ -214,11 +234,14 @@ def _log_model(plan: RewardPlan, run_id: str) -> str:
     from cdr.reward_model import REQUEST_TOKENS
 
     text, number = DataType.string, DataType.double
+    # A judge's reward depends on the other candidates: how many there are has to be said.
+    counted = [ColSpec(DataType.long, "num_candidates")] if plan.spec.is_judge else []
     signature = ModelSignature(
         inputs=Schema(
             [
                 ColSpec(AnyType(), "prompt"),  # text, or turns with role and content
                 ColSpec(text, "completion"),
+                *counted,
                 ColSpec(text, "finish_reason", required=False),
                 ColSpec(text, "domain", required=False),
             ]

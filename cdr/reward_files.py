@@ -24,6 +24,7 @@ import yaml
 
 from cdr.config import content_hash
 from cdr.errors import ConfigError
+from cdr.judge import JUDGE_KEY
 from cdr.models import ResolvedModel
 from cdr.plan import RewardPlan, plan_reward
 from cdr.reward_config import ModelSpec, RewardSpec, load_reward_config
@@ -167,6 +168,8 @@ def list_parts(plan: RewardPlan) -> dict[str, str]:
         "encoding": _as_text(reward.encoding.model_dump(mode="json", exclude={"template"})),
         "prompt_pack": plan.pack.key[:16] if plan.pack else "none",
     }
+    if reward.is_judge:
+        parts["judge"] = JUDGE_KEY[:16]
     if plan.route is not None:
         pack, domains = plan.route.pack, plan.route.domains
         texts = [
@@ -211,7 +214,7 @@ def _pin(plan: RewardPlan) -> RewardSpec:
 
     def pin(model: ResolvedModel) -> ModelSpec:
         spec, engine = model.spec, model.engine_spec
-        if spec.engine == "stub":
+        if spec.engine in ("stub", "api"):
             return spec
         return spec.model_copy(
             update={
@@ -237,14 +240,19 @@ def _escape(value: Any) -> Any:
 
 def _model_parts(model: ResolvedModel) -> dict[str, str]:
     spec, engine = model.spec, model.engine_spec
-    parts = {
-        **describe_weights(model),
-        "engine": engine.engine,
-        "dtype": engine.dtype,
-        "head_dtype": engine.head_dtype,
-        "max_length": str(spec.max_length),
-        "tokenizer": model.tokenizer_hash()[:16],
-    }
+    parts = {**describe_weights(model), "engine": engine.engine}
+    if spec.api is not None:
+        parts |= {
+            "api.base_url": spec.api.base_url,
+            "api.max_tokens": str(spec.api.max_tokens),
+        }
+    else:
+        parts |= {
+            "dtype": engine.dtype,
+            "head_dtype": engine.head_dtype,
+            "max_length": str(spec.max_length),
+            "tokenizer": model.tokenizer_hash()[:16],
+        }
     if spec.quantization is not None:
         parts["quantization"] = spec.quantization
     if spec.output is not None:
@@ -267,6 +275,8 @@ def _explain(name: str) -> str:
         return "prompt_pack (its layout, instructions or exemplars were altered)"
     if name == "prompt_pack.router":
         return "prompt_pack (the router's texts were altered)"
+    if name == "judge":
+        return "judge (this package asks a judge in other words)"
     return name
 
 

@@ -33,8 +33,8 @@ class RewardPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         Args:
             context: not used.
-            model_input: frame with `prompt` (text or messages), `completion`, and where they are
-                known `finish_reason` and `domain`.
+            model_input: frame with `prompt` (text or messages), `completion`, for a judge
+                `num_candidates`, and where they are known `finish_reason` and `domain`.
             params: `placement` and `request_tokens`, see `RewardModel.score`.
 
         Returns:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
+from cdr.judge import mean_odds_column
 from cdr.plan import AnnotationPlan
 from cdr.reward import logprob_column, reward_column, strong_term, weak_term
 from cdr.tables import LOGPROBS, VERDICTS
@@ -99,21 +100,19 @@ def _compare(answered: DataFrame, plan: AnnotationPlan) -> DataFrame:
         F.map_from_entries(
             F.collect_list(F.struct(F.concat_ws("/", F.lit(name), F.hex("prefix_hash")), term))
         ).alias("terms"),
-        # Sorted: a sum of doubles depends on its order.
-        F.array_sort(F.collect_list("odds")).alias("odds"),
+        F.collect_list("odds").alias("odds"),
         F.count("*").alias("questions"),
         F.max("num_tokens").alias("num_tokens"),
         F.max("boundary_merged").alias("boundary_merged"),
         F.max("error").alias("error"),
         F.max("judge_reason").alias("judge_reason"),
     )
-    total = F.aggregate("odds", F.lit(0.0), lambda whole, one: whole + one)
-    whole = F.size("odds") == F.col("questions")
+    reward = mean_odds_column(F.col("odds"), F.col("questions"))
     no_logprob = F.lit(None).cast("double")
     return gathered.select(
         "prompt_id", "completion_id",
-        F.when(whole, F.col("terms")).alias("terms"),
-        F.when(whole, total / F.col("questions")).alias("reward"),
+        F.when(reward.isNotNull(), F.col("terms")).alias("terms"),
+        reward.alias("reward"),
         no_logprob.alias("strong_logprob"),
         no_logprob.alias("weak_logprob"),
         "num_tokens", "boundary_merged", "error", "judge_reason",

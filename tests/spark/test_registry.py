@@ -33,6 +33,7 @@ from cdr.warehouse import Warehouse
 from jobs.annotate import annotate
 from jobs.annotate import main as annotate_main
 from jobs.register_reward import main as register
+from tests.chat_endpoint import say, serve
 from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe, make_smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,6 +288,175 @@ def _assert_models_are_in_a_host(loaded: str) -> None:
     assert hosts
     if loaded:
         assert any(loaded in region.path for host in hosts for region in host.memory_maps())
+
+
+LONELY = {
+    "prompt_id": "lonely", "prompt": turns("Is anyone there?"), "completion_id": "lonely-0",
+    "completion": "Only me.", "finish_reason": "stop",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def judged(store: Store, spark: SparkSession) -> Warehouse:
+    """A run with a registered judge, over half of the rows and a prompt with one candidate."""
+    source = store.folder / "judged.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:12], LONELY]))
+    model = {"engine": "stub", "max_length": 8192}
+    smollm2 = str(store.folder / "smollm2")
+    reward = {
+        "name": "referee",
+        "form": "judge",
+        "models": {
+            "judge": {**model, "path": smollm2, "adapter": "j"},
+            "router": {**model, "path": smollm2, "adapter": "r"},
+        },
+        "encoding": {"template": "own"},
+        "prompt_pack": str(store.folder / "pack.yaml"),
+        "routing": {"mode": "adaptive"},
+    }
+    (store.folder / "referee.yaml").write_text(yaml.safe_dump(reward))
+    store.register("--config", str(store.folder / "referee.yaml"), "--alias", "champion")
+    config = yaml.safe_load((store.folder / "run.yaml").read_text())
+    config |= {
+        "dataset": "judged",
+        "warehouse": str(store.folder / "judged"),
+        "tracking": {"uri": store.uri},
+        "run": {"max_rejected_fraction": 1},
+    }
+    config["input"]["path"] = str(source)
+    (store.folder / "judged.yaml").write_text(yaml.safe_dump(config))
+    plan = load_annotation_plan(store.folder / "judged.yaml", ["reward=models:/referee@champion"])
+    warehouse = Warehouse(spark, plan.config.warehouse)
+    assert annotate(plan, warehouse) == 0
+    return warehouse
+
+
+@pytest.mark.usefixtures("in_store")
+def test_a_registered_judge_gives_whole_prompts_the_rewards_of_the_run(
+    store: Store, judged: Warehouse
+) -> None:
+    version = store.client.get_model_version("referee", "1")
+    rewards = {row["completion_id"]: row for row in collect(judged, REWARDS)}
+    assert {row["reward_key"] for row in rewards.values()} == {version.tags[KEY_TAG]}
+    assert {pair["reward_version"] for pair in collect(judged, PREFERENCES)} == {"referee/1"}
+    assert "compares all candidates of a prompt: log-odds" in version.description
+
+    model = mlflow.pyfunc.load_model("models:/referee@champion")
+    names = [column.name for column in model.metadata.get_input_schema().inputs]
+    assert names == ["prompt", "completion", "num_candidates", "finish_reason", "domain"]
+    frame = pd.DataFrame([*ROWS[1:12:2], LONELY, *ROWS[:12:2]]).set_index("completion_id")
+    frame["num_candidates"] = frame.groupby("prompt_id")["completion"].transform("size")
+    scored = model.predict(frame.drop(columns="prompt_id"))
+    assert list(scored.index) == list(frame.index)
+    assert scored.loc["lonely-0"]["error"].startswith("no_other_candidate: ")
+    assert [row["reason"] for row in collect(judged, REJECTS)] == ["no_other_candidate"]
+    assert len(rewards) == 12
+    # The last two candidates of p1 are one answer.
+    assert rewards["p1-1"]["reward"] == rewards["p1-2"]["reward"]
+    for name, stored in rewards.items():
+        row = scored.loc[name]
+        assert (row["status"], row["error"]) == ("ok", "")
+        for column in ("reward", "domain", "num_tokens"):
+            assert row[column] == stored[column], (name, column)
+        assert np.isnan(row["strong_logprob"])
+    # Half of a prompt would be another judgement.
+    part = model.predict(frame.drop(columns="prompt_id").drop(index="p3-0"))
+    told = "incomplete_prompt: 2 of 3 candidates in this call"
+    assert (part.loc["p3-1":"p3-2", "error"] == told).all()
+    assert part.loc["p0-0", "reward"] == rewards["p0-0"]["reward"]
+    with pytest.raises(Exception, match="num_candidates"):
+        model.predict(frame[["prompt", "completion"]])
+
+    # Evaluating takes it by name as well.
+    tree = yaml.safe_load((store.folder / "judged.yaml").read_text())
+    tree["input"] = {"path": "./input.jsonl", "format": "json"}
+    (store.folder / "evaluate-judged.yaml").write_text(yaml.safe_dump(tree))
+    found, number = load_evaluation(
+        store.folder / "evaluate-judged.yaml", ["reward=models:/referee@champion"]
+    )
+    (plan,) = plan_evaluation(found, reward_version=number)
+    assert plan.annotation.reward.key == version.tags[KEY_TAG]
+
+
+@pytest.mark.usefixtures("in_store")
+def test_a_judge_in_sql_counts_the_candidates_and_a_group_holds_a_prompt_whole(
+    spark: SparkSession, judged: Warehouse, tmp_path: Path
+) -> None:
+    rewards = judged.read(REWARDS)
+    spark.udf.register(
+        "cdr_judge", mlflow.pyfunc.spark_udf(spark, "models:/referee/1", env_manager="local")
+    )
+    rewards.createOrReplaceTempView("judged")
+    in_sql = spark.sql("""
+        SELECT completion_id, reward AS stored, s.reward, s.error FROM (
+            SELECT *, cdr_judge(prompt, completion, count(*) OVER (PARTITION BY prompt_id)) AS s
+            FROM judged)
+    """)
+
+    folder = mlflow.artifacts.download_artifacts("models:/referee/1", dst_path=str(tmp_path))
+    models: dict[str, Any] = {}
+
+    def judge(prompt: pd.DataFrame) -> pd.DataFrame:
+        if not models:
+            models["judge"] = mlflow.pyfunc.load_model(folder)
+        given = prompt[["prompt", "completion"]].assign(num_candidates=len(prompt))
+        scored = models["judge"].predict(given)
+        return pd.DataFrame(
+            {
+                "completion_id": prompt["completion_id"],
+                "stored": prompt["reward"],
+                "reward": scored["reward"],
+                "error": scored["error"],
+            }
+        )
+
+    schema = "completion_id string, stored double, reward double, error string"
+    grouped = rewards.groupBy("prompt_id").applyInPandas(judge, schema)
+    for rows in (in_sql.collect(), grouped.collect()):
+        assert len(rows) == 12
+        assert all((row["reward"], row["error"]) == (row["stored"], "") for row in rows)
+
+
+@pytest.mark.usefixtures("in_store")
+def test_an_api_judge_is_registered_without_its_key_and_asked_by_one_task(
+    spark: SparkSession, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-of-nobody")  # workers have another
+    with serve(lambda *_: say("A")) as endpoint:
+        api = {"base_url": endpoint.base_url, "api_key_variable": "JUDGE_KEY"}
+        reward = {
+            "name": "gpt",
+            "form": "judge",
+            "models": {"judge": {"path": "gpt-4-turbo", "engine": "api", "api": api}},
+            "encoding": {"template": "own"},
+            "routing": {"mode": "none"},
+        }
+        (tmp_path / "gpt.yaml").write_text(yaml.safe_dump(reward))
+        store.register("--config", str(tmp_path / "gpt.yaml"), "--alias", "champion")
+        plan = load_annotation_plan(store.folder / "run.yaml", ["reward=models:/gpt@champion"])
+        version = store.client.get_model_version("gpt", "1")
+        assert plan.reward.key == version.tags[KEY_TAG]
+        held = [file for file in (store.folder / "warehouse").rglob("*") if file.is_file()]
+        assert held
+        assert not any(b"sk-of-nobody" in file.read_bytes() for file in held)
+        moved = "reward.models.judge.api.base_url=http://elsewhere/v1"
+        with pytest.raises(ConfigError, match=r"models\.judge\.api\.base_url: was http://127"):
+            load_annotation_plan(store.folder / "run.yaml", ["reward=models:/gpt/1", moved])
+
+        frame = pd.DataFrame(ROWS[:2]).assign(num_candidates=2)
+        columns = ["prompt", "completion", "num_candidates"]
+        scored = mlflow.pyfunc.load_model("models:/gpt/1").predict(frame[columns])
+        assert list(scored["reward"]) == [0.0, 0.0]  # always the first, in both orders
+        function = mlflow.pyfunc.spark_udf(spark, "models:/gpt/1", env_manager="local")
+        answers = spark.createDataFrame(
+            [(f"Question {i}: a fox?", f"Answer {j}.") for i in range(8) for j in range(2)],
+            "prompt string, completion string",
+        )
+        asked = function("prompt", "completion", F.lit(2).cast("long")).alias("s")
+        rows = answers.coalesce(1).select(asked).collect()
+        assert [row["s"]["reward"] for row in rows] == [0.0] * 16
+        with pytest.raises(Exception, match="its limits hold for one Spark task at a time"):
+            answers.repartition(4, "prompt").select(asked).collect()
 
 
 def test_the_same_reward_is_not_registered_twice_and_a_changed_pack_is_a_new_version(

@@ -201,6 +201,15 @@ def test_equal_answers_are_one_and_what_cannot_be_compared_says_why(tmp_path: Pa
     names = [[c.completion_id for c in view.candidates] for view in twins.views]
     assert names == [["c0", "c2", "c1"], ["c1", "c0", "c2"]]
     assert not twins.rejected
+    # One that was cut has a token less, wherever it stands: no end of turn.
+    cut = [Candidate("c0", "Yes.", "stop"), Candidate("c1", "Yes.", "length")]
+    for candidates in (cut, cut[::-1]):
+        encoder = make_encoder(plan.encoding)
+        prompt: list[Message] = [{"role": "user", "content": "May I keep a fox?"}]
+        other = Candidate("c2", "No.", "stop")
+        encoded = encoder.encode(prompt, "0" * 64, None, [*candidates, other])
+        tokens = {c.completion_id: c.num_tokens for c in encoded.views[0].candidates}
+        assert tokens["c0"] == tokens["c1"] + 1
 
     def reasons(*texts: str) -> dict[str, str]:
         return {name: reason.value for name, reason, _ in encode(plan, *texts).rejected}

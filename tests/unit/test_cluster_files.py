@@ -494,7 +494,7 @@ def test_both_clusters_install_a_vllm_that_the_wheel_asks_for_and_cuda_12_driver
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     [extra] = map(Requirement, project["optional-dependencies"]["vllm"])
     assert '"${wheels[0]}[vllm]"' in (EMR / "bootstrap.sh").read_text()
-    [by_emr] = re.findall(r"Args=\[s3://\$BUCKET/cdr/dist,(\S+?)\]", EMR_PAGE.split("```bash")[4])
+    [by_emr] = re.findall(r"Args=\[s3://\$BUCKET/cdr/dist,(\S+?)\]", EMR_PAGE)
     installed = [Requirement(substituted("${var.vllm}")), Requirement(by_emr)]
     for requirement in installed:
         assert requirement.name == extra.name == "vllm"

@@ -75,9 +75,20 @@ def type_in(checkout: Path, *commands: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_commands_of_the_page_create_the_cluster_and_its_steps(aws: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "overhead", "nodes", "router"),
+    [
+        ("conf/cluster/emr", "64g", {"g6e.4xlarge", "g6e.8xlarge"}, "strong"),
+        ("conf/cluster/emr/mixtral", "200g", {"g6e.12xlarge"}, "router"),
+    ],
+)
+def test_the_commands_of_the_page_create_the_cluster_and_its_steps(
+    aws: Path, files: str, overhead: str, nodes: set[str], router: str
+) -> None:
     *commands, terminate = COMMANDS
     assert "terminate-clusters" in terminate
+    assert f"FILES={files}" in PAGE
+    commands = [re.sub(r"FILES=\S+", f"FILES={files}", text) for text in commands]
     done = type_in(aws, *commands)
     assert done.returncode == 0, done.stderr
 
@@ -92,7 +103,7 @@ def test_the_commands_of_the_page_create_the_cluster_and_its_steps(aws: Path) ->
     cluster = emr.describe_cluster(ClusterId=listed["Id"])["Cluster"]
     assert {application["Name"] for application in cluster["Applications"]} == {"Hadoop", "Spark"}
     given = {c["Classification"]: c["Properties"] for c in cluster["Configurations"]}
-    assert given["spark-defaults"]["spark.executor.memoryOverhead"] == "64g"
+    assert given["spark-defaults"]["spark.executor.memoryOverhead"] == overhead
     # The server keeps no fleets: what it was asked for.
     [request] = [call for target, call in asked() if target == "ElasticMapReduce.RunJobFlow"]
     sizes = {
@@ -101,12 +112,19 @@ def test_the_commands_of_the_page_create_the_cluster_and_its_steps(aws: Path) ->
         )
         for fleet in request["Instances"]["InstanceFleets"]
     }  # fmt: skip
-    assert sizes == {"MASTER": (1, 0), "CORE": (1, 0), "TASK": (0, 3)}
+    assert sizes == {"MASTER": (1, 0), "CORE": (1, 0), "TASK": (0, 3 if router == "strong" else 1)}
+    types = {
+        choice["InstanceType"]
+        for fleet in request["Instances"]["InstanceFleets"]
+        for choice in fleet["InstanceTypeConfigs"]
+        if fleet["InstanceFleetType"] != "MASTER"
+    }
+    assert types == nodes
     assert request["AutoTerminationPolicy"] == {"IdleTimeout": 3600}
     assert request["ServiceRole"] == "EMR_DefaultRole"
     [action] = emr.list_bootstrap_actions(ClusterId=listed["Id"])["BootstrapActions"]
     assert action["ScriptPath"] == "s3://my-bucket/cdr/bootstrap.sh"
-    assert action["Args"] == ["s3://my-bucket/cdr/dist"]
+    assert action["Args"] == ["s3://my-bucket/cdr/dist", "vllm==0.19.1"]
 
     steps: dict[str, Any] = {
         step["Name"]: step["Config"] for step in emr.list_steps(ClusterId=listed["Id"])["Steps"]
@@ -115,6 +133,7 @@ def test_the_commands_of_the_page_create_the_cluster_and_its_steps(aws: Path) ->
     assert {step["Jar"] for step in steps.values()} == {"command-runner.jar"}
     assert steps["annotate"]["Args"][0] == "spark-submit"
     assert "s3://my-bucket/cdr/annotate.yaml" in steps["annotate"]["Args"]
+    assert {"engine=vllm", f"reward.routing.model={router}"} < set(steps["annotate"]["Args"])
     assert steps["dry run"]["Args"] == [*steps["annotate"]["Args"], "--dry-run"]
     assert steps["trial"]["Args"] == [*steps["annotate"]["Args"], "--limit", "20"]
 

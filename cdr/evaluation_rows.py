@@ -12,8 +12,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from py4j.protocol import Py4JNetworkError
-
 from cdr.cli import FAILED, KEPT, OK, STOPPED, explain_spark_error
 from cdr.errors import CdrError, InputError, SetupError, TableError
 from cdr.evaluation import (
@@ -25,6 +23,7 @@ from cdr.evaluation import (
 )
 from cdr.evaluation_plan import EvaluationPlan
 from cdr.runs import StopSignal
+from cdr.tables import RUNS
 from cdr.tracking import first_line
 from cdr.warehouse import Warehouse
 
@@ -63,7 +62,7 @@ def evaluate_rows(
                     with EvaluationRun(plan, warehouse, stop) as run:
                         done.append(evaluate_row(plan, run))
                 except Exception as error:
-                    if len(plans) == 1 or _is_of_every_row(error):
+                    if len(plans) == 1 or _is_of_every_row(error, warehouse):
                         raise
                     _say(plan, error)
                     continue
@@ -79,15 +78,23 @@ def evaluate_rows(
         except Exception as error:  # the first one is told, and this may well come of it
             print(f"warning: not all of it could be shown: {first_line(error)}", file=sys.stderr)
         raise
-    # The signals have their own handlers again: another one ends the job at once.
-    _show(done, missing, warehouse)
+    # The signals have their own handlers again: another one now ends the job at once.
+    if not stop.is_urgent:
+        _show(done, missing, warehouse)
     return FAILED if code != STOPPED and missing else code
 
 
-def _is_of_every_row(error: Exception) -> bool:
+def _is_of_every_row(error: Exception, warehouse: Warehouse) -> bool:
     """Tell an error of what rows share from one of a row's models; workers' errors are a row's."""
-    shared = InputError | SetupError | TableError | Py4JNetworkError
-    return isinstance(error, shared) or "No space left on device" in str(error)
+    if isinstance(error, InputError | SetupError | TableError):
+        return True
+    if "No space left on device" in str(error):
+        return True
+    try:
+        warehouse.exists(RUNS)
+    except Exception:  # the tables are out of reach, or Spark is no more
+        return True
+    return False
 
 
 def _say(plan: EvaluationPlan, error: Exception) -> None:

@@ -207,6 +207,11 @@ class StopSignal:
         """Whether a signal came, so that an error of Spark's now is the cancelled wave's."""
         return self._first is not None
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a second signal came: nothing more is to be done than must."""
+        return self._last is not self._first
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._receive(signal.Signals(number).name, by="python")
 

@@ -130,7 +130,7 @@ def test_a_stop_within_a_row_or_between_two_shows_what_is_done_and_the_next_run_
     rows = {name: strong(adapter=name) for name in ("one", "two", "three", "four")}
     config = make_config(
         tmp_path, tokenizer, GOOD, REWARDBENCH, rows=rows,
-        run={"placement": "sequential"},  # each model's part of a row is a wave
+        run={"wave_tokens": 400},  # several waves per row
     )  # fmt: skip
     plans, warehouse = plan(config), Warehouse(spark, config.warehouse)
     judge, score = jobs.evaluate.judge_pairs, jobs.scoring.score_wave
@@ -154,24 +154,25 @@ def test_a_stop_within_a_row_or_between_two_shows_what_is_done_and_the_next_run_
     # What comes now ends the job at once, as it would any program.
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 
-    def stop_in_three(wave: Any, *arguments: Any) -> Any:
+    def stop_in_a_wave(wave: Any, *arguments: Any) -> Any:
         found = score(wave, *arguments)
-        if {engine.name for engine in wave.engines} <= names:
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    names = {plans[2].annotation.reward.models["strong"].model_key}
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.scoring, "score_wave", stop_in_three)
+        patch.setattr(jobs.scoring, "score_wave", stop_in_a_wave)
         assert evaluate(plans, warehouse) == 4
     shown = capsys.readouterr().out
     assert "A = one\nB = two" in shown
     assert "without a result: three (stopped), four (not begun)" in shown
     assert outcomes(warehouse)[2:] == [("one", "done"), ("two", "done"), ("three", "stopped")]
+    part = scored(warehouse)[-1]
+    assert 0 < part < EVERYTHING // 2
 
     # The last start asks what is new, and nothing else.
     assert evaluate(plans, warehouse) == 0
-    assert scored(warehouse)[2:] == [0, 0, EVERYTHING // 2, 0, 0, 0, EVERYTHING // 2]
+    rest = EVERYTHING // 2 - part
+    assert scored(warehouse)[2:] == [0, 0, part, 0, 0, rest, EVERYTHING // 2]
     stored = rows_of(warehouse, LOGPROBS)
     keys = {(row["model_key"], row["prefix_hash"], row["completion_hash"]) for row in stored}
     assert len(keys) == len(stored) == 5 * EVERYTHING // 2

@@ -235,7 +235,8 @@ def summarize_rows(done: list[Evaluated]) -> tuple[str, list[Comparison]]:
         done: the evaluated rows, in order; at least one.
 
     Returns:
-        The text, and each row's difference from the first, where both judged a pair.
+        The text, and the differences in it: each row's from the first, a router's from its oracle.
+        None is there of two rows that judged no pair both.
     """
     blocks: list[str] = []
     comparisons: list[Comparison] = []
@@ -256,8 +257,7 @@ def summarize_rows(done: list[Evaluated]) -> tuple[str, list[Comparison]]:
             oracle = _oracle_of(row, done)
             lost = None if oracle is None else compare_evaluated(row, oracle)
             if lost is not None and row is not done[0] and oracle is not done[0]:  # kept above
-                config = row.plan.config
-                _record(lost, row.plan.annotation.dataset, config, warehouse)
+                comparisons.append(lost)
             blocks.append(audit_router(row.judged, row.report, row.plan.oracle, lost))
     return "\n\n".join(blocks), comparisons
 

@@ -98,11 +98,14 @@ def read_pairs(spark: SparkSession, source: PairsInputSpec) -> DataFrame:
     if source.revision is not None:
         import pyarrow as pa
         from pyarrow import parquet
+        from pyspark.sql.pandas.types import from_arrow_schema
 
         files = download_split(source.place, source.revision, source.split)
         table = pa.concat_tables([parquet.read_table(file) for file in files])
         present = [name for name in table.column_names if name in mapped]
-        rows = spark.createDataFrame(table.select(present).to_pandas())
+        # By its schema: of conversations, Spark infers none, or maps in the place of structs.
+        table = table.select(present)
+        rows = spark.createDataFrame(table.to_pylist(), from_arrow_schema(table.schema))
     else:
         rows = read_source(spark, source)
     check_columns(
@@ -209,7 +212,7 @@ def _before(rows: DataFrame, name: str) -> Column:
     if _is_text(rows, name):
         return F.array().cast(MESSAGES)
     messages = messages_column(rows, name)
-    return F.filter(messages, lambda _, i: i < F.size(messages) - 1)
+    return F.slice(messages, F.lit(1), F.greatest(F.size(messages) - 1, F.lit(0)))
 
 
 def _named(rows: DataFrame) -> DataFrame:

@@ -133,17 +133,17 @@ def test_a_stop_within_a_row_or_between_two_shows_what_is_done_and_the_next_run_
         run={"wave_tokens": 400},  # several waves per row
     )  # fmt: skip
     plans, warehouse = plan(config), Warehouse(spark, config.warehouse)
-    judge, score = jobs.evaluate.judge_pairs, jobs.scoring.score_wave
+    evaluate_row, score = jobs.evaluate.evaluate_row, jobs.scoring.score_wave
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
-    def stop_after_two(pairs: Any, rewards: Any, rejects: Any, run: Any) -> Any:
-        found = judge(pairs, rewards, rejects, run)
-        if run.plan.config.reward.name == "two":
-            os.kill(os.getpid(), signal.SIGTERM)  # it has no wave left in which to stop
+    def stop_after_two(plan: EvaluationPlan, run: Any) -> Any:
+        found = evaluate_row(plan, run)
+        if plan.name == "two":
+            os.kill(os.getpid(), signal.SIGTERM)
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.evaluate, "judge_pairs", stop_after_two)
+        patch.setattr(jobs.evaluate, "evaluate_row", stop_after_two)
         assert evaluate(plans, warehouse) == 4
     shown = capsys.readouterr().out
     assert "stopped: SIGTERM" in shown

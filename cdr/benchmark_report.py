@@ -291,9 +291,19 @@ class Report:
             (f"  {section}", *[row.get(name, 0) for name in domains])
             for section, row in self.routed.items()
         ]
-        accuracies = {score.name: score.accuracy for score in self.at("domain")}
-        rows.append(("  accuracy, %", *[show_percent(accuracies.get(name)) for name in domains]))
         lines = ["", *render_table(("pairs by domain", *domains), rows)]
+        scored = [
+            (
+                f"  {score.name}",
+                score.tally.total,
+                show_percent(score.accuracy),
+                show_interval(score.interval),
+                score.verdict or "",
+            )
+            for score in self.at("domain")
+        ]
+        header = ("accuracy by domain, %", "pairs", "accuracy", "95 % CI", "")
+        lines += ["", *render_table(header, scored)]
         if self.fallbacks:
             lines.append(f"  the router was not sure of {self.fallbacks:,} (fallback)")
         return lines

@@ -118,7 +118,7 @@ def validate_config(model: type[_Model], path: str | Path, tree: Mapping[str, An
         try:
             valid = model.model_validate(mended)
         except ValidationError as error:
-            problems += _problems(error, model)
+            problems += list_problems(error, model)
             unknown = [i["loc"] for i in error.errors() if i["type"] == "extra_forbidden"]
             # An unknown key keeps pydantic from the checks across keys: mend it and look again.
             for location in unknown:
@@ -274,7 +274,13 @@ def _fix_for(problems: Sequence[str]) -> str | None:
     return _LOOK_UP_REVISION if any("revision" in problem for problem in problems) else None
 
 
-def _problems(error: ValidationError, root: type[Spec]) -> list[str]:
+def list_problems(error: ValidationError, root: type[Spec]) -> list[str]:
+    """Say what pydantic found, one line per problem with its key: `key: expected ..., got ...`.
+
+    Args:
+        error: from checking a tree.
+        root: what the tree had to be.
+    """
     lines: list[str] = []
     for item in error.errors():
         location = [str(part) for part in item["loc"]]

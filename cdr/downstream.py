@@ -42,6 +42,7 @@ from cdr.evaluation_config import (
 )
 from cdr.evaluation_plan import EvaluationPlan, plan_evaluation
 from cdr.judging import judge_answers
+from cdr.plan import check_keys
 from cdr.reward_config import RewardSpec
 from cdr.runs import StopSignal, new_run_id
 from cdr.staging import Staging
@@ -286,9 +287,11 @@ def read_rival(config: DownstreamConfig, file: str, questions: Sequence[Question
     Raises:
         ConfigError: there is no reward to compare by.
         InputError: the file cannot be read, or a question has no answer in it.
+        SetupError: the key of a reward's judge is not in the environment.
     """
     if not config.rewards():
         raise ConfigError(["reward: is required for --compare-with"], fix="see conf/downstream/")
+    check_keys(config.rewards())
     answers = read_answers(config.benchmark, file, questions)
     if missing := [question.id for question in questions if question.id not in answers]:
         raise InputError(

@@ -1,6 +1,7 @@
 """The life of an evaluation of one reward: its report, its tables, its MLflow run.
 
-`jobs/evaluate.py` holds the recipe; this holds what surrounds it (`cdr.scoring_run`).
+`jobs/evaluate.py` holds the recipe; this holds what surrounds it (`cdr.scoring_run`), and
+`cdr.evaluation_rows` goes through several rewards.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from cdr.comparison import (
     load_judged,
     render_rows,
 )
+from cdr.errors import InputError
 from cdr.evaluation_config import EvaluateConfig
 from cdr.evaluation_plan import EvaluationPlan
 from cdr.job_run import Share
 from cdr.report.build import report_evaluation
 from cdr.report.evaluation import EvaluatedRun
 from cdr.reward_config import RewardSpec
-from cdr.runs import RunRecord
+from cdr.runs import RunRecord, StopSignal
 from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
 from cdr.tables import (
@@ -71,9 +73,12 @@ class EvaluationRun(ScoringRun):
     Args:
         plan: the checked plan.
         warehouse: where the tables are.
+        stop: tells the job to end; None: a stop signal of the run's own.
     """
 
-    def __init__(self, plan: EvaluationPlan, warehouse: Warehouse) -> None:
+    def __init__(
+        self, plan: EvaluationPlan, warehouse: Warehouse, stop: StopSignal | None = None
+    ) -> None:
         tags = {"cdr.row": plan.name}
         if plan.annotation.reward_version is not None:
             tags["cdr.reward_version"] = plan.annotation.reward_version
@@ -84,6 +89,7 @@ class EvaluationRun(ScoringRun):
             reads="labelled_pairs",
             config=plan.recorded(),
             tags=tags,
+            stop=stop,
         )
         self._evaluation = plan
 
@@ -167,9 +173,12 @@ class EvaluationRun(ScoringRun):
         )
 
 
-def compare_evaluated(a: Evaluated, b: Evaluated) -> Comparison:
-    """Compare two rewards of one job pair by pair."""
-    return _compare(a.judged, b.judged, (a.plan.title, b.plan.title), a.plan.config)
+def compare_evaluated(a: Evaluated, b: Evaluated) -> Comparison | None:
+    """Compare two rewards of one job pair by pair; None where no pair was judged by both."""
+    try:
+        return _compare(a.judged, b.judged, (a.plan.title, b.plan.title), a.plan.config)
+    except InputError:
+        return None
 
 
 def compare_stored(
@@ -189,7 +198,7 @@ def compare_stored(
     """
     judged = [load_judged(warehouse, dataset, reward) for reward in (a, b)]
     found = _compare(judged[0], judged[1], (a, b), config)
-    _record(found, dataset, config, warehouse)
+    record_comparison(found, dataset, config, warehouse)
     return found
 
 
@@ -204,7 +213,9 @@ def _compare(a: Judged, b: Judged, names: tuple[str, str], config: EvaluateConfi
     )
 
 
-def _record(found: Comparison, dataset: str, config: EvaluateConfig, warehouse: Warehouse) -> None:
+def record_comparison(
+    found: Comparison, dataset: str, config: EvaluateConfig, warehouse: Warehouse
+) -> None:
     """Keep a comparison as an MLflow run of its own, beside those of the rewards."""
     a, b = found.names
     with RunTracker(
@@ -217,33 +228,38 @@ def _record(found: Comparison, dataset: str, config: EvaluateConfig, warehouse: 
         tracker.log_summary(found.metrics())
 
 
-def summarize_rows(done: list[Evaluated], warehouse: Warehouse) -> str:
+def summarize_rows(done: list[Evaluated]) -> tuple[str, list[Comparison]]:
     """Write what several rewards of one job say together: table, differences, router audits.
-
-    The differences are also kept in MLflow.
 
     Args:
         done: the evaluated rows, in order; at least one.
-        warehouse: where their tables are.
+
+    Returns:
+        The text, and the differences in it: each row's from the first, a router's from its oracle.
+        None is there of two rows that judged no pair both.
     """
-    blocks = []
+    blocks: list[str] = []
+    comparisons: list[Comparison] = []
     if len(done) > 1:
         first = done[0].plan
         rows = [(row.plan.title, row.report, row.plan.printed) for row in done]
         blocks.append(render_rows(rows, first.config.sections_in_use()))
         for row in done[1:]:
             found = compare_evaluated(done[0], row)
-            _record(found, first.annotation.dataset, first.config, warehouse)
-            blocks.append(found.render())
+            if found is None:
+                titles = f"{first.title} and {row.plan.title}"
+                blocks.append(f"{titles}: not compared, as no pair was judged by both")
+            else:
+                comparisons.append(found)
+                blocks.append(found.render())
     for row in done:
         if row.plan.annotation.config.reward.routing.mode == "adaptive":
             oracle = _oracle_of(row, done)
             lost = None if oracle is None else compare_evaluated(row, oracle)
             if lost is not None and row is not done[0] and oracle is not done[0]:  # kept above
-                config = row.plan.config
-                _record(lost, row.plan.annotation.dataset, config, warehouse)
+                comparisons.append(lost)
             blocks.append(audit_router(row.judged, row.report, row.plan.oracle, lost))
-    return "\n\n".join(blocks)
+    return "\n\n".join(blocks), comparisons
 
 
 def report_rows(done: Sequence[Evaluated], warehouse: Warehouse) -> str | None:

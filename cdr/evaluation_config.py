@@ -9,7 +9,7 @@ rows differ in. Checked as a whole before Spark starts, as all configs are (`cdr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -24,7 +24,7 @@ from cdr.config import (
     TrackingSpec,
     WarehousePlace,
 )
-from cdr.config_files import MayBeFile, Spec, load_config
+from cdr.config_files import MayBeFile, Spec, list_problems, load_config
 from cdr.errors import ConfigError
 from cdr.reward_config import Domain, RewardSpec, change_reward, is_hub_id
 from cdr.rewardbench import CHAT, CHAT_HARD, PRIOR_SETS, REASONING, SAFETY, SECTIONS
@@ -38,8 +38,16 @@ RowName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._\-]*$")]
 class PairColumnsSpec(Spec):
     """Names of the input's columns. None: the input has no such column."""
 
-    prompt: str = Field("prompt", description="Text, or messages: an array of role and content.")
-    chosen: str = Field("chosen", description="The better answer: text, or one assistant message.")
+    prompt: str | None = Field(
+        "prompt",
+        description="Text, or messages: an array of role and content. None: the messages that both "
+        "answers' conversations begin with.",
+    )
+    chosen: str = Field(
+        "chosen",
+        description="The better answer: text, one assistant message, or the whole conversation "
+        "that ends with it.",
+    )
     rejected: str = Field("rejected", description="The worse answer, likewise.")
     id: str | None = Field(
         None, description="The pair's id, unique within its subset. None: derived from the content."
@@ -92,10 +100,16 @@ class RowSpec(Spec):
     oracle: dict[str, Domain] | None = Field(
         None, description="Domain by section for routing.mode `column`. None: the file's."
     )
-    printed: dict[str, float] = Field(
+    printed: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(
         default_factory=dict,
         description="Published scores in percent by section and `Overall`, to print beside.",
     )
+
+    @model_validator(mode="after")
+    def _percent(self) -> Self:
+        if self.printed and max(self.printed.values()) <= 1:
+            raise ValueError("printed: must be in percent, got fractions; write 92.2, not 0.922")
+        return self
 
 
 class StatisticsSpec(Spec):
@@ -160,23 +174,21 @@ class EvaluateConfig(Spec):
     report: EvaluateReportSpec = EvaluateReportSpec()
 
     @model_validator(mode="after")
-    def _rows_are_rewards(self) -> Self:
-        problems = []
+    def _consistent(self) -> Self:
+        known = (*self.sections, *self.sections_in_use())
+        # RewardBench's stand in the default, whatever the sections are here.
+        problems = [
+            *repeated_sections(self.sections),
+            *_unknown("oracle", self.oracle, (*known, *SECTIONS, PRIOR_SETS)),
+        ]
         for name, row in self.rows.items():
             try:
                 self.reward_of(name)
             except ValidationError as error:
-                problems += [
-                    f"rows.{name}.change.{'.'.join(map(str, item['loc']))}: {item['msg']}"
-                    for item in error.errors()
-                ]
-            known = {*self.sections, "Overall"}
-            problems += [
-                f"rows.{name}.{key}: unknown section {section!r}; known: {', '.join(known)}"
-                for key, given in (("oracle", row.oracle or {}), ("printed", row.printed))
-                for section in given
-                if section not in known
-            ]
+                found = list_problems(error, RewardSpec)
+                problems += [f"rows.{name}.change.{problem}" for problem in found]
+            problems += _unknown(f"rows.{name}.oracle", row.oracle or {}, known)
+            problems += _unknown(f"rows.{name}.printed", row.printed, (*known, "Overall"))
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -214,6 +226,22 @@ class EvaluateConfig(Spec):
         """Give the sections; one for all pairs where the input has no such column."""
         columns = self.input.columns
         return self.sections if columns.section or columns.subset else (ONE_SECTION,)
+
+
+def repeated_sections(sections: Sequence[str]) -> list[str]:
+    """Name the sections of a config that stand there twice, a problem each."""
+    return [
+        f"sections: '{name}' is named twice"
+        for name in dict.fromkeys(sections)
+        if sections.count(name) > 1
+    ]
+
+
+def _unknown(key: str, given: Iterable[str], known: Sequence[str]) -> list[str]:
+    listed = ", ".join(dict.fromkeys(known))
+    return [
+        f"{key}: unknown section {name!r}; known: {listed}" for name in given if name not in known
+    ]
 
 
 def load_evaluate_config(path: str | Path, overrides: Sequence[str] = ()) -> EvaluateConfig:

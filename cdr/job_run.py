@@ -59,17 +59,25 @@ class JobRun(ABC):
         warehouse: where the tables are.
         staging: the run's folder of intermediate tables.
         spec: its limits.
+        stop: what tells the job to end, where it is made of several runs; None: a run of its own.
 
     Attributes:
         counter: where tasks count what they have done.
         exit_code: the job's, after the context has ended.
     """
 
-    def __init__(self, warehouse: Warehouse, staging: Staging, spec: JobSpec) -> None:
+    def __init__(
+        self,
+        warehouse: Warehouse,
+        staging: Staging,
+        spec: JobSpec,
+        stop: StopSignal | None = None,
+    ) -> None:
         self.counter = TaskCounter.create(warehouse.spark)
         self.exit_code = FAILED
         self._warehouse, self._staging, self._spec = warehouse, staging, spec
-        self._stop = StopSignal(warehouse.spark, spec.max_hours)
+        self._has_own_stop = stop is None
+        self._stop = stop or StopSignal(warehouse.spark, spec.max_hours)
         self._waves_done = self._waves_total = 0
         self._spent_s: defaultdict[str, float] = defaultdict(float)
         self._problem: str | None = None
@@ -83,7 +91,9 @@ class JobRun(ABC):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._staging)
             self._log = RunLog(self._warehouse, self._begin(stack))
-            stack.enter_context(self._stop)
+            if self._has_own_stop:
+                stack.enter_context(self._stop)
+            self._stop.stand_up()
             # From here on `__exit__` cleans up, in the opposite order.
             self._open = stack.pop_all()
         return self

@@ -3,12 +3,14 @@
     labelled pairs -> load_pairs -> split_pairs -> (the stages of annotating) -> judge_pairs
 
 Every row of the input comes back as one row of `benchmark_pairs`: won, tied or lost, or left out
-with the reason.
+with the reason. An answer is text, one message of the assistant's, or a whole conversation that
+ends with it and begins with the prompt, as preference sets on the hub have it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
@@ -31,9 +33,7 @@ from cdr.sources import (
     refuse_mixed_json,
 )
 from cdr.stages import Context
-from cdr.tables import BENCHMARK_PAIRS
-
-_MAP = "map your sections, for example --set input.columns.section=topic, and list them in sections"
+from cdr.tables import BENCHMARK_PAIRS, MESSAGES
 
 
 def load_pairs(plan: EvaluationPlan, run: Context) -> DataFrame:
@@ -52,20 +52,38 @@ def load_pairs(plan: EvaluationPlan, run: Context) -> DataFrame:
     rows = read_pairs(run.warehouse.spark, source)
     with reading(source):
         pairs = run.staging.write("labelled", _named(_normalized(rows, plan)))
-    # One row per reason; null: the pairs that fit.
-    reasons = {row[0]: row[1] for row in pairs.groupBy("reason").count().collect()}
-    if not reasons:
+    # One row per reason and rule; null: the pairs that fit.
+    rules = pairs.groupBy("reason", "detail").count().collect()
+    if not rules:
         raise no_rows(source.place)
     unfit = ", ".join(
-        f"{name} {count:,}" for name, count in sorted(reasons.items(), key=str) if name
+        f"{row['reason']} {row['count']:,} ({row['detail']})"
+        for row in sorted(rules, key=str)
+        if row["reason"]
     )
-    if None not in reasons:
-        raise InputError(f"no pair of the input fits: {unfit}", where=source.place, fix=_MAP)
+    if all(row["reason"] for row in rules):
+        most = RejectReason(max(rules, key=lambda row: row["count"])["reason"])
+        raise InputError(
+            f"no pair of the input fits: {unfit}", where=source.place, fix=_fix_for(most)
+        )
     if plan.sample is None:
         return pairs
     if unfit:
         print(f"note: not in the sample, as they do not fit: {unfit}")
     return run.staging.write("pairs", _draw(pairs.where("reason IS NULL"), plan.sample))
+
+
+def _fix_for(reason: RejectReason) -> str:
+    """Say what to do where no pair fits, by the reason that most of them have."""
+    if reason is RejectReason.BAD_MESSAGES:
+        return (
+            "an answer is text, one assistant message, or a conversation that ends with it; where "
+            "one begins with anything but the prompt column, --set input.columns.prompt=null takes "
+            "the prompt from the conversations"
+        )
+    if reason is RejectReason.EQUAL_COMPLETIONS:
+        return "map the better answer and the worse, as in --set input.columns.rejected=worse"
+    return "map your sections, as in --set input.columns.section=topic, and list them in sections"
 
 
 def read_pairs(spark: SparkSession, source: PairsInputSpec) -> DataFrame:
@@ -80,11 +98,14 @@ def read_pairs(spark: SparkSession, source: PairsInputSpec) -> DataFrame:
     if source.revision is not None:
         import pyarrow as pa
         from pyarrow import parquet
+        from pyspark.sql.pandas.types import from_arrow_schema
 
         files = download_split(source.place, source.revision, source.split)
         table = pa.concat_tables([parquet.read_table(file) for file in files])
         present = [name for name in table.column_names if name in mapped]
-        rows = spark.createDataFrame(table.select(present).to_pandas())
+        # By its schema: of conversations, Spark infers none, or maps in the place of structs.
+        table = table.select(present)
+        rows = spark.createDataFrame(table.to_pylist(), from_arrow_schema(table.schema))
     else:
         rows = read_source(spark, source)
     check_columns(
@@ -95,7 +116,15 @@ def read_pairs(spark: SparkSession, source: PairsInputSpec) -> DataFrame:
         source.place,
         example="chosen=good",
     )  # fmt: skip
-    refuse_mixed_json(spark, source, rows, [names.prompt, names.chosen, names.rejected])
+    given = [name for name in (names.prompt, names.chosen, names.rejected) if name is not None]
+    refuse_mixed_json(spark, source, rows, given)
+    texts = [name for name in (names.chosen, names.rejected) if _is_text(rows, name)]
+    if names.prompt is None and texts:
+        raise InputError(
+            f"columns.prompt is null, and the columns {texts} hold text: nothing is the prompt",
+            where=source.place,
+            fix="map the prompt, for example --set input.columns.prompt=question",
+        )
     return rows
 
 
@@ -116,6 +145,16 @@ def _normalized(rows: DataFrame, plan: EvaluationPlan) -> DataFrame:
         F.col(f"`{name}`").isNotNull() & text.isNull()
         for name, text in ((names.chosen, chosen), (names.rejected, rejected))
     ]
+    befores = _before(rows, names.chosen), _before(rows, names.rejected)
+    if names.prompt is None:
+        prompt, begins_otherwise = befores[0], befores[0] != befores[1]
+        otherwise = "the answers' conversations differ before their last message"
+    else:
+        prompt = messages_column(rows, names.prompt)
+        begins_otherwise = reduce(
+            Column.__or__, [(F.size(before) > 0) & (before != prompt) for before in befores]
+        )
+        otherwise = "an answer's conversation does not begin with the prompt"
     by_subset = names.section is None and names.subset is not None
     rules: list[tuple[Column, RejectReason, str]] = [
         (
@@ -128,13 +167,14 @@ def _normalized(rows: DataFrame, plan: EvaluationPlan) -> DataFrame:
         (
             is_no_answer[0] | is_no_answer[1],
             RejectReason.BAD_MESSAGES,
-            "an answer is text, or exactly one message of the assistant's",
+            "an answer's last message is not the assistant's, or has no content",
         ),
+        (begins_otherwise, RejectReason.BAD_MESSAGES, otherwise),
         (chosen == rejected, RejectReason.EQUAL_COMPLETIONS, "chosen and rejected are equal"),
     ]
     return rows.select(
         optional_column(names.id).cast("string").alias("given_id"),
-        messages_column(rows, names.prompt).alias("prompt"),
+        prompt.alias("prompt"),
         chosen.alias("chosen"),
         rejected.alias("rejected"),
         F.coalesce(section, F.lit("unknown")).alias("section"),
@@ -154,13 +194,25 @@ def _look_up(key: Column, values: Mapping[str, str]) -> Column:
     return F.try_element_at(F.create_map(*items), key.cast("string"))
 
 
+def _is_text(rows: DataFrame, name: str) -> bool:
+    return isinstance(rows.schema[name].dataType, T.StringType)
+
+
 def _answer(rows: DataFrame, name: str) -> Column:
-    """Give an answer's text; null where it is messages other than one of the assistant's."""
+    """Give an answer's text; null where the last message is not one of the assistant's."""
     answer = F.col(f"`{name}`")
-    if isinstance(rows.schema[name].dataType, T.StringType):
+    if _is_text(rows, name):
         return answer
-    only = F.get(answer, F.lit(0))
-    return F.when((F.size(answer) == 1) & (only["role"] == "assistant"), only["content"])
+    last = F.get(answer, F.size(answer) - 1)
+    return F.when(last["role"] == "assistant", last["content"])
+
+
+def _before(rows: DataFrame, name: str) -> Column:
+    """Give the messages before an answer: none where it stands alone."""
+    if _is_text(rows, name):
+        return F.array().cast(MESSAGES)
+    messages = messages_column(rows, name)
+    return F.slice(messages, F.lit(1), F.greatest(F.size(messages) - 1, F.lit(0)))
 
 
 def _named(rows: DataFrame) -> DataFrame:

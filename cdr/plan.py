@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from cdr.api_judge import read_key
 from cdr.chat import PLAIN_TEMPLATE, ChatEncoder, check_vocabulary, load_tokenizer, own_template
 from cdr.config import AnnotateConfig, content_hash, trial_name
 from cdr.encoding import EncodingPlan, TokenizerSpec
 from cdr.engines.adapters import share_weights
 from cdr.engines.base import EngineSpec
-from cdr.errors import ConfigError
+from cdr.errors import ConfigError, SetupError
 from cdr.models import ResolvedModel, resolve_models
 from cdr.prompt_pack import PromptPack, load_prompt_pack
 from cdr.reward import reward_key, term_name
@@ -198,6 +199,32 @@ def plan_reward(reward: RewardSpec) -> RewardPlan:
             template_hashes,
         ),
     )
+
+
+def check_keys(rewards: Mapping[str, RewardSpec]) -> None:
+    """See that the keys of judges behind an API are in the environment, before any hour is spent.
+
+    Args:
+        rewards: by what a message calls them.
+
+    Raises:
+        SetupError: names every reward whose key is not set.
+    """
+    missing: dict[str, list[str]] = {}
+    for name, reward in rewards.items():
+        if reward.is_asked_by_api and (api := reward.models["judge"].api):
+            try:
+                read_key(api)
+            except SetupError:
+                missing.setdefault(api.api_key_variable, []).append(name)
+    if missing:
+        listed = "; ".join(f"{key} for {', '.join(names)}" for key, names in missing.items())
+        raise SetupError(
+            f"keys of judges behind an API are not in the environment: {listed}",
+            where="models.judge.api.api_key_variable",
+            fix="export them (any text where an endpoint takes no key), for executors set "
+            "spark.executorEnv.NAME; or leave these rows out with --rows",
+        )
 
 
 def _check_domains(reward: RewardSpec, pack: PromptPack | None) -> None:

@@ -50,6 +50,13 @@ class ApiSpec(Spec):
     )
     answer_price: float | None = Field(None, ge=0, description="USD per million tokens written.")
 
+    @model_validator(mode="after")
+    def _both_prices(self) -> Self:
+        if (self.prompt_price is None) != (self.answer_price is None):
+            missing = "prompt_price" if self.prompt_price is None else "answer_price"
+            raise ValueError(f"{missing}: is required beside the other price; 0 where it is free")
+        return self
+
 
 class ModelSpec(Spec):
     """A model and how to run it."""

@@ -142,6 +142,9 @@ class StopSignal:
     replaced too; on exit all handlers are what they were. A signal that both get (Ctrl-C in a
     terminal) counts once; a second one cancels the wave in flight at once.
 
+    A job of several runs has one of these for all of them: no signal is lost between two runs, and
+    `max_hours` is the job's. It is stood down after each run, and up again for the next.
+
     Args:
         spark: the session whose jobs are cancelled.
         max_hours: age at which to stop; None for never. The wave in flight is then finished.
@@ -175,8 +178,16 @@ class StopSignal:
         self.stand_down()
         self._undo.close()
 
+    def stand_up(self) -> None:
+        """Cancel work from now on: some begins."""
+        with self._lock:
+            self._is_over = False
+
     def stand_down(self) -> None:
-        """Cancel nothing from now on: the work is over, only its record is still to be written."""
+        """Cancel nothing from now on: the work is over, only its record is still to be written.
+
+        A signal is noted all the same, for what would come after.
+        """
         with self._lock:  # a cancelling on its way is done before this returns
             self._is_over = True
             if self._timer:
@@ -196,18 +207,25 @@ class StopSignal:
         """Whether a signal came, so that an error of Spark's now is the cancelled wave's."""
         return self._first is not None
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a second signal came: nothing more is to be done than must."""
+        return self._last is not self._first
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._receive(signal.Signals(number).name, by="python")
 
     def _receive(self, name: str, *, by: str) -> None:
         with self._lock:
-            if self._is_over or (self._last and self._last.is_noticed_also(name, by=by)):
+            if self._last and self._last.is_noticed_also(name, by=by):
                 return
             self._last = _Received(name, time.monotonic(), {by})
             if self._first:  # a second signal does not wait
                 self._cancel()
                 return
             self._first = self._last
+            if self._is_over:
+                return
             self._timer = threading.Timer(self._grace_s, self._cancel)
             self._timer.daemon = True
             self._timer.start()

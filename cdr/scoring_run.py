@@ -20,7 +20,7 @@ from cdr.job_run import JobRun, count_devices
 from cdr.plan import AnnotationPlan
 from cdr.progress import Counts, slowest_loads
 from cdr.routing import RoutingWork
-from cdr.runs import RunRecord, new_run_id
+from cdr.runs import RunRecord, StopSignal, new_run_id
 from cdr.scoring import Wave, Work
 from cdr.sources import input_version
 from cdr.stages import Context
@@ -56,6 +56,7 @@ class ScoringRun(JobRun):
         reads: what its input is called there.
         config: the resolved config, JSON-able.
         tags: further tags of the MLflow run.
+        stop: as for `JobRun`.
 
     Attributes:
         context: what the stages work with.
@@ -70,9 +71,10 @@ class ScoringRun(JobRun):
         reads: str,
         config: Mapping[str, Any],
         tags: Mapping[str, str],
+        stop: StopSignal | None = None,
     ) -> None:
         self.context = make_context(plan, warehouse)
-        super().__init__(warehouse, self.context.staging, plan.config.run)
+        super().__init__(warehouse, self.context.staging, plan.config.run, stop)
         self._plan, self._job, self._reads = plan, job, reads
         self._config, self._tags = config, tags
         self._started = time.monotonic()

@@ -24,6 +24,7 @@ from cdr.evaluation_config import (
     PairsInputSpec,
     QuickSpec,
     StatisticsSpec,
+    repeated_sections,
 )
 from cdr.reward_config import EncodingSpec, EngineName, ModelSpec, give_engine
 from cdr.rewardbench import PRIOR_SETS, SECTIONS
@@ -107,7 +108,16 @@ class StudyConfig(Spec):
                 "encoding.template: a study has no strong model; expected 'plain', 'own' or a "
                 "Jinja file"
             )
+        problems += [
+            f"models.{name}.engine: '{model.engine}' gives no log-probs, which a study compares"
+            for name, model in self.models.items()
+            if model.engine in ("api", "classifier")
+        ]
+        if self.cells is not None and not self.cells:
+            problems.append("cells: names no pair of models; null takes every model over every one")
         for numerator, denominators in (self.cells or {}).items():
+            if not denominators:
+                problems.append(f"cells.{numerator}: names no denominator; leave it out")
             problems += [
                 f"cells.{numerator}: no model '{name}'; known: {', '.join(self.models)}"
                 for name in dict.fromkeys((numerator, *denominators))
@@ -115,6 +125,7 @@ class StudyConfig(Spec):
             ]
             if numerator in denominators:
                 problems.append(f"cells.{numerator}: over itself every reward is 0; leave it out")
+        problems += repeated_sections(self.sections)
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from cdr.annotation import AnnotationRun
 from cdr.cli import OK, end, make_wave_parser, overrides, run_job
 from cdr.placement import place
-from cdr.plan import AnnotationPlan
+from cdr.plan import AnnotationPlan, check_keys
 from cdr.registry import load_annotation_plan
 from cdr.scoring_run import make_context
 from cdr.session import get_session
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = plan.config
     for warning in config.reward.warnings():
         print(f"warning: {warning}", file=sys.stderr)
+    if not args.dry_run:
+        check_keys({config.reward.name: config.reward})
     spark = get_session("cdr annotate", warehouse=config.warehouse)
     warehouse = Warehouse(spark, config.warehouse, config.tables)
     plan = place(plan, spark)

@@ -19,11 +19,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cdr.cli import FAILED, OK, STOPPED, end, make_wave_parser, overrides, run_job
-from cdr.evaluation import Evaluated, EvaluationRun, compare_stored, report_rows, summarize_rows
+from cdr.cli import OK, end, make_wave_parser, overrides, run_job
+from cdr.evaluation import Evaluated, EvaluationRun, compare_stored
 from cdr.evaluation_plan import EvaluationPlan, dataset_name, make_sample, plan_evaluation
+from cdr.evaluation_rows import evaluate_rows
 from cdr.labelled_pairs import judge_pairs, load_pairs, split_pairs
 from cdr.placement import place
+from cdr.plan import check_keys
 from cdr.registry import load_evaluation
 from cdr.scoring_run import make_context
 from cdr.session import get_session
@@ -65,9 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plans = [] if args.compare else plan_evaluation(
         config, sample=sample, with_oracle=args.audit_router, reward_version=version
     )  # fmt: skip
-    rewards = (plan.annotation.config.reward for plan in plans)
-    for warning in dict.fromkeys(text for reward in rewards for text in reward.warnings()):
+    rewards = {plan.name: plan.annotation.config.reward for plan in plans}
+    for warning in dict.fromkeys(text for one in rewards.values() for text in one.warnings()):
         print(f"warning: {warning}", file=sys.stderr)
+    if not args.dry_run:
+        check_keys(rewards)
     spark = get_session("cdr evaluate", warehouse=config.warehouse)
     warehouse = Warehouse(spark, config.warehouse, config.tables)
     if args.compare:
@@ -80,21 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(plans: Sequence[EvaluationPlan], warehouse: Warehouse) -> int:
     """Carry out the plans, one reward after the other, and compare them."""
-    done: list[Evaluated] = []
-    codes = []
-    for plan in plans:
-        with EvaluationRun(plan, warehouse) as run:
-            pairs = load_pairs(plan, run.context)
-            scored = score_candidates(split_pairs(pairs, run.context), run)
-            judged = judge_pairs(pairs, scored.rewards, scored.rejects, run.context)
-            done.append(run.finish(judged, scored.work))
-        codes.append(run.exit_code)
-        if run.exit_code in (FAILED, STOPPED):
-            return run.exit_code
-    print(f"\n{summarize_rows(done, warehouse)}")
-    if page := report_rows(done, warehouse):
-        print(f"\nreport: {page}")
-    return max(codes)
+    return evaluate_rows(plans, warehouse, evaluate_row)
+
+
+def evaluate_row(plan: EvaluationPlan, run: EvaluationRun) -> Evaluated:
+    """Judge the labelled pairs by one reward."""
+    pairs = load_pairs(plan, run.context)
+    scored = score_candidates(split_pairs(pairs, run.context), run)
+    judged = judge_pairs(pairs, scored.rewards, scored.rejects, run.context)
+    return run.finish(judged, scored.work)
 
 
 def dry_run(plans: Sequence[EvaluationPlan], warehouse: Warehouse) -> int:

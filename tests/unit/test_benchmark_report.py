@@ -269,6 +269,19 @@ def test_the_audit_says_where_prompts_went_and_what_it_costs() -> None:
     assert "--audit-router" in audit_router(judged(router), score(router), {"Chat": "chat"}, None)
 
 
+def test_a_domains_accuracy_has_its_interval_and_verdict() -> None:
+    rows = [pair("Chat", "a", 1.0, domain="chat")] * 5
+    rows += [pair("Safety", "c", m, domain="safety") for m in (1.0, -1.0)]
+    lines = score(rows).render().splitlines()
+    (start,) = [n for n, line in enumerate(lines) if line.startswith("accuracy by domain, %")]
+    assert lines[start + 1].split() == [
+        "chat", "5", "100.0", "56.6–100.0", "above", "chance",  # 5 / (5 + 1.96²)
+    ]  # fmt: skip
+    assert lines[start + 2].split() == [
+        "safety", "2", "50.0", "9.5–90.5", "not", "above", "chance",
+    ]  # fmt: skip
+
+
 def test_a_table_of_rows_prints_published_numbers_beside() -> None:
     rows = [pair(section, "x", 1.0) for section in SECTIONS]
     report, part = score(rows), score(rows[:2])

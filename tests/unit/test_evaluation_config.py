@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cdr.errors import ConfigError
+from cdr.errors import ConfigError, SetupError
 from cdr.evaluation_config import ONE_SECTION, EvaluateConfig, load_evaluate_config
 from cdr.evaluation_plan import dataset_name, make_sample, plan_evaluation
 from cdr.rewardbench import SECTIONS
+from jobs.evaluate import main as evaluate
 from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe
 from tests.unit.test_config import COMMIT, CONF, required_variables, reward_tree
 from tests.unit.test_rewardbench import TABLE_1
@@ -156,6 +157,40 @@ def test_a_table_without_sections_is_one_section() -> None:
     assert config.sections_in_use() == (ONE_SECTION,)
 
 
+def test_names_and_numbers_that_mean_nothing_are_refused(
+    problems: Callable[..., tuple[str, ...]],
+) -> None:
+    sections = ["billing", "legal", "billing"]
+    found = problems(sections=sections, oracle={"bililng": "chat", "Chat": "chat"})
+    assert found == (
+        "sections: 'billing' is named twice",
+        "oracle: unknown section 'bililng'; known: billing, legal, Chat, Chat Hard, Safety, "
+        "Reasoning, Prior Sets",
+    )
+    rows = {"fractions": {"printed": {"Chat": 0.922, "Overall": 0.77}}}
+    (found,) = problems(rows=rows)
+    assert found.startswith("rows.fractions.printed: must be in percent")
+    (found,) = problems(rows={"much": {"printed": {"Chat": 922}}})
+    assert found.startswith("rows.much.printed.Chat: ")
+    one_section = {"input": {"path": "/data/pairs"}, "oracle": {ONE_SECTION: "safety"}}
+    assert EvaluateConfig.model_validate(tree(**one_section)).oracle == {ONE_SECTION: "safety"}
+
+
+def test_one_price_of_an_endpoint_needs_the_other(
+    problems: Callable[..., tuple[str, ...]],
+) -> None:
+    api = {"base_url": "http://localhost/v1", "prompt_price": 10}
+    judge = {"path": "gpt", "engine": "api", "api": api}
+    reward = {
+        "name": "r", "form": "judge", "models": {"judge": judge}, "routing": {"mode": "none"},
+        "encoding": {"template": "own"},
+    }  # fmt: skip
+    (found,) = problems(reward=reward)
+    assert "answer_price: is required beside the other price" in found
+    api["answer_price"] = 0
+    assert EvaluateConfig.model_validate(tree(reward=reward)).reward.is_judge
+
+
 # --- samples and plans -------------------------------------------------------------------------
 
 
@@ -239,3 +274,47 @@ def test_an_oracle_that_the_pack_does_not_have_is_refused(stubs: dict[str, Any])
     assert [line.split(":")[0] for line in caught.value.problems] == [
         f"oracle.{section}" for section in (*SECTIONS, "Prior Sets")
     ]
+
+
+def test_keys_that_judges_lack_are_told_before_spark_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubs: dict[str, Any]
+) -> None:
+    def judge(variable: str) -> dict[str, Any]:
+        api = {"base_url": "http://localhost/v1", "api_key_variable": variable}
+        return {
+            "change": {
+                "form": "judge", "routing": {"mode": "none"}, "encoding": {"template": "own"},
+                "models": {"judge": {"engine": "api", "path": "gpt", "api": api}},
+            }
+        }  # fmt: skip
+
+    config = tree(
+        reward=stubs, warehouse=str(tmp_path / "warehouse"),
+        rows={"cdr": {}, "a": judge("KEY_A"), "b": judge("KEY_B"), "c": judge("KEY_A")},
+    )  # fmt: skip
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    monkeypatch.delenv("KEY_A", raising=False)
+    monkeypatch.delenv("KEY_B", raising=False)
+
+    def starts(*options: str) -> None:
+        """Run the job up to where it would start Spark."""
+        with monkeypatch.context() as patch:
+            patch.setattr("jobs.evaluate.get_session", _start_spark)
+            evaluate(["--config", str(tmp_path / "evaluate.yaml"), *options])
+
+    with pytest.raises(SetupError, match="environment: KEY_A for a, c; KEY_B for b"):
+        starts()
+    monkeypatch.setenv("KEY_A", "secret")
+    with pytest.raises(SetupError, match="environment: KEY_B for b"):
+        starts()
+    for options in (["--dry-run"], ["--rows", "a", "cdr"]):
+        with pytest.raises(_SparkStarts):
+            starts(*options)
+
+
+class _SparkStarts(Exception):  # noqa: N818 - an event
+    pass
+
+
+def _start_spark(*_: Any, **__: Any) -> None:
+    raise _SparkStarts

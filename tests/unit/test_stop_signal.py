@@ -44,3 +44,17 @@ def test_a_thread_that_may_not_set_handlers_still_watches_the_time() -> None:
     thread.join()
     assert seen == ["--max-hours is over"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("on_databricks")
+def test_a_signal_between_two_runs_of_a_job_is_noted_and_a_second_one_is_urgent() -> None:
+    with StopSignal(NO_SPARK, max_hours=None) as stop:
+        stop.stand_up()
+        stop.stand_down()  # the first run is over
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested == "SIGTERM"
+        assert not stop.is_urgent
+        timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+        assert not timers, "nothing runs that could be cancelled"
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_urgent

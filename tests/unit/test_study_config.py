@@ -99,11 +99,21 @@ def test_a_study_asks_each_model_of_a_cell_once_and_plainly() -> None:
     assert reward.encoding.template == "plain"
 
 
+API = {"path": "gpt", "engine": "api", "api": {"base_url": "http://localhost/v1"}, "score": 9}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"cells": {"dpo": ["stf"]}}, "cells.dpo: no model 'stf'; known: base, sft, dpo"),
         ({"cells": {"dpo": ["dpo"]}}, "cells.dpo: over itself every reward is 0"),
+        ({"cells": {}}, "cells: names no pair of models"),
+        ({"cells": {"dpo": []}}, "cells.dpo: names no denominator"),
+        (
+            {"models": {**tree()["models"], "gpt": API}},
+            "models.gpt.engine: 'api' gives no log-prob",
+        ),
+        ({"sections": ["Chat", "Chat"]}, "sections: 'Chat' is named twice"),
         ({"encoding": {"template": "strong"}}, "a study has no strong model"),
         ({"models": {"base": tree()["models"]["base"]}}, "models: a pair needs two, got 1"),
         ({"models": {"a": {"path": "/x", "engine": "stub"}}}, "models.a.score: is required"),

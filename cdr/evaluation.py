@@ -43,6 +43,7 @@ from cdr.tables import (
     VERDICTS,
 )
 from cdr.tracking import RunTracker
+from cdr.version_links import log_evaluation
 from cdr.warehouse import Warehouse
 
 
@@ -74,16 +75,13 @@ class EvaluationRun(ScoringRun):
     """
 
     def __init__(self, plan: EvaluationPlan, warehouse: Warehouse) -> None:
-        tags = {"cdr.row": plan.name}
-        if plan.annotation.reward_version is not None:
-            tags["cdr.reward_version"] = plan.annotation.reward_version
         super().__init__(
             plan.annotation,
             warehouse,
             job="evaluate",
             reads="labelled_pairs",
             config=plan.recorded(),
-            tags=tags,
+            tags={"cdr.row": plan.name},
         )
         self._evaluation = plan
 
@@ -122,6 +120,8 @@ class EvaluationRun(ScoringRun):
             "wall_s": time.monotonic() - self._started,
         }
         self._tracker.log_summary({**report.metrics(), **scoring, **spent_s})
+        version = plan.annotation.reward_version
+        log_evaluation(self._tracker, version, plan.annotation.dataset, report.metrics())
         title = f"{plan.title} on {plan.annotation.dataset}"
         if self.mlflow_run_id is not None:
             with tempfile.TemporaryDirectory() as folder:

@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from cdr.cli import OK, end, run_job
 from cdr.plan import plan_reward
-from cdr.registration import Registration, find_store, read_metrics, register_reward
+from cdr.registration import Registration, find_store, register_reward
 from cdr.reward_config import load_reward_config
 from cdr.tracking import redact, ui_command
 
@@ -32,7 +31,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  --set reduction=mean --name my-mean         a variant under another name\n"
-        "  --metrics benchmark.json                    the numbers to choose a version by\n"
         "  --alias champion                            let the name stand for this version\n"
         "going back: register the old config again, or move the alias in the MLflow UI;\n"
         "a walk through: docs/how-to/registry.md\n\n"
@@ -50,12 +48,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--name", help="name in the registry; default: the reward's own. In Unity Catalog: "
         "CATALOG.SCHEMA.NAME")  # fmt: skip
     add("--alias", metavar="ALIAS", help="name for this version from now on, such as champion")
-    add(
-        "--metrics",
-        type=Path,
-        metavar="FILE",
-        help="JSON of benchmark numbers to keep with the version, be it new or there already",
-    )
     add("--warehouse", metavar="FOLDER", help="use the SQLite store of this warehouse")
     add("--tracking-uri", metavar="URI", help="MLflow store; default: MLFLOW_TRACKING_URI")
     add(
@@ -70,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
     uri = find_store(args.tracking_uri, args.warehouse)
-    metrics = read_metrics(args.metrics)
     reward = load_reward_config(args.config, args.set)
     for warning in reward.warnings():
         print(f"warning: {warning}", file=sys.stderr)
@@ -79,7 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         uri=uri,
         name=args.name,
         alias=args.alias,
-        metrics=metrics,
         force=args.force,
     )
     print(render(done))

@@ -97,6 +97,11 @@ class RowSpec(Spec):
         description="Published scores in percent by section and `Overall`, to print beside.",
     )
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the row is the file's reward as it is."""
+        return not self.change and self.oracle is None
+
 
 class StatisticsSpec(Spec):
     """How sure the numbers are."""

@@ -5,7 +5,8 @@ r"""Register a reward in MLflow: pinned models, prompt pack and config, under a 
 
 Needs no Spark and loads no model; weights in local folders are read once, to hash them. Afterwards
 `annotate --reward models:/NAME@champion` uses the version, and so does
-`mlflow.pyfunc.load_model("models:/NAME@champion").predict(frame)`.
+`mlflow.pyfunc.load_model("models:/NAME@champion").predict(frame)`;
+`evaluate --set reward=models:/NAME@champion` logs its figures as the version's metrics.
 
 The same reward is not registered twice: a version is added only when the key of the reward differs
 from the latest version's, which every text, weight and setting that decides a number is part of.
@@ -90,6 +91,8 @@ def render(done: Registration) -> str:
         lines.append(f"models:/{version.name}@{done.alias} is version {version.version}{before}")
     named = version.uri if done.alias is None else f"models:/{version.name}@{done.alias}"
     lines += ["", "next:", f"  jobs/annotate.py --config ... --reward {named}"]
+    if done.is_new:
+        lines.append(f"  jobs/evaluate.py --config ... --set reward={named}  (figures for this version)")
     if command := ui_command(done.uri):
         lines.append(f"  {redact(command)}")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from cdr.errors import CdrError, ConfigError
+from cdr.evaluation_config import RowSpec
 from cdr.evaluation_plan import plan_evaluation
 from cdr.registry import KEY_TAG, global_store, load_annotation_plan, load_evaluation
 from cdr.tables import PREFERENCES, REJECTS, REWARDS, Table
@@ -405,6 +406,10 @@ def test_the_same_reward_is_not_registered_twice_and_a_changed_pack_is_a_new_ver
     found, version = load_evaluation(evaluation, ["reward=models:/stub/1"])
     (plan,) = plan_evaluation(found, reward_version=version)
     assert (plan.annotation.reward.key, plan.annotation.reward_version) == (first_key, "stub/1")
+    # Of several rows, those that change nothing are the version.
+    rows = {"router": RowSpec(), "plain": RowSpec(change={"routing": {"mode": "none"}})}
+    plans = plan_evaluation(found.model_copy(update={"rows": rows}), reward_version=version)
+    assert [plan.annotation.reward_version for plan in plans] == ["stub/1", None]
     with pytest.raises(ConfigError, match="reduction: was mean when it was registered"):
         load_evaluation(evaluation, ["reward=models:/stub/1", "reward.reduction=sum"])
     registered.register("--force")

@@ -92,7 +92,9 @@ def render(done: Registration) -> str:
     named = version.uri if done.alias is None else f"models:/{version.name}@{done.alias}"
     lines += ["", "next:", f"  jobs/annotate.py --config ... --reward {named}"]
     if done.is_new:
-        lines.append(f"  jobs/evaluate.py --config ... --set reward={named}  (figures for this version)")
+        lines.append(
+            f"  jobs/evaluate.py --config ... --set reward={named}  (figures for this version)"
+        )
     if command := ui_command(done.uri):
         lines.append(f"  {redact(command)}")
     return "\n".join(lines)

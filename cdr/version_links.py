@@ -39,7 +39,7 @@ def link_version(tracker: RunTracker, version: str | None, *, job: str) -> None:
         version: `NAME/3`; None where the reward came from a file, and there is nothing to link.
         job: what the version calls the run: its job's name in `runs`.
     """
-    if (client := _reach(tracker)) is None or version is None:
+    if version is None or (client := _reach(tracker)) is None:
         return
     name, _, number = version.rpartition("/")
     try:
@@ -67,7 +67,7 @@ def log_evaluation(
         dataset: name of the benchmark, or of the sample of it.
         metrics: see `RunTracker.log_metrics`.
     """
-    if (client := _reach(tracker)) is None or version is None:
+    if version is None or (client := _reach(tracker)) is None:
         return
     name, _, number = version.rpartition("/")
     try:

@@ -96,7 +96,7 @@ def list_run(description: str, line: str, version: str) -> str:
     runs = [line, *(old for old in lines if _RUN_LINE.match(old) and old != line)][:_SHOWN]
     written = [old for old in lines if not _RUN_LINE.match(old) and not old.startswith(_HEADING)]
     head = re.sub("\n{3,}", "\n\n", "\n".join(written)).rstrip()
-    heading = f"{_HEADING} (all: search runs for tags.`{VERSION_TAG}` = '{version}'):"
+    heading = f"{_HEADING} (all: search runs for `` tags.`{VERSION_TAG}` = '{version}' ``):"
     while runs:
         text = f"{head}\n\n{heading}\n\n".lstrip() + "\n".join(runs)
         if len(text) <= _MAX_CHARS:

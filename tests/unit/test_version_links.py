@@ -11,7 +11,7 @@ def line(number: int, job: str = "annotate") -> str:
 
 def test_runs_are_listed_below_what_people_wrote_newest_first_and_once() -> None:
     text = list_run("Our champion.", line(1), "r/3")
-    heading = "Newest runs with it (all: search runs for tags.`cdr.reward_version` = 'r/3'):"
+    heading = "Newest runs with it (all: search runs for `` tags.`cdr.reward_version` = 'r/3' ``):"
     assert text == f"Our champion.\n\n{heading}\n\n{line(1)}"
     text = list_run(text, line(2, "train_simpo"), "r/3")
     assert text.splitlines()[-2:] == [line(2, "train_simpo"), line(1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -44,10 +45,14 @@ def list_requirements(plan: RewardPlan) -> list[str]:
 
 def _pin(requirement: Requirement) -> str:
     """Give a requirement at the version that is installed."""
-    # vLLM for CPUs has a name of its own.
-    names = [requirement.name, *metadata.packages_distributions().get(requirement.name, ())]
-    for name in names:
+    for name in _names(requirement.name):
         with contextlib.suppress(metadata.PackageNotFoundError):
             # `2.13.0+cpu` says where it came from, and no public index has it.
             return f"{name}=={metadata.version(name).partition('+')[0]}"
     return f"{requirement.name}{requirement.specifier}"
+
+
+def _names(package: str) -> Iterator[str]:
+    """Give a package's name, and then what else is installed in its place: vLLM for CPUs."""
+    yield package
+    yield from metadata.packages_distributions().get(package, ())  # reads every package's files

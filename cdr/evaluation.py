@@ -119,9 +119,15 @@ class EvaluationRun(ScoringRun):
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
-        self._tracker.log_summary({**report.metrics(), **scoring, **spent_s})
-        version = plan.annotation.reward_version
-        log_evaluation(self._tracker, version, plan.annotation.dataset, report.metrics())
+        metrics = report.metrics()
+        self._tracker.log_summary({**metrics, **scoring, **spent_s})
+        log_evaluation(
+            self._tracker,
+            plan.annotation.reward_version,
+            plan.annotation.dataset,
+            # What versions are chosen by; the rest is one link away.
+            {name: metrics[name] for name in ("accuracy", "ci_low", "ci_high", "counts")},
+        )
         title = f"{plan.title} on {plan.annotation.dataset}"
         if self.mlflow_run_id is not None:
             with tempfile.TemporaryDirectory() as folder:

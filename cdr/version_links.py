@@ -24,6 +24,7 @@ VERSION_TAG = "cdr.reward_version"
 
 _SHOWN = 20
 _MAX_CHARS = 5000  # of a version's description, in MLflow's database
+_BATCH = 500  # metrics in one request; MLflow takes 1000
 _HEADING = "Newest runs with it"
 _RUN_LINE = re.compile(r"- \w+: \[.+\]\(\S+\)$")
 
@@ -73,7 +74,9 @@ def log_evaluation(
     try:
         with quiet():
             run_id = client.get_model_version(name, number).run_id
-            client.log_batch(run_id, metrics=make_metrics({dataset: metrics}))
+            figures = make_metrics({dataset: metrics})
+            for start in range(0, len(figures), _BATCH):
+                client.log_batch(run_id, metrics=figures[start : start + _BATCH])
     except Exception as error:  # MLflow, SQLAlchemy and the network each have their own
         _logger.warning(
             "the reward %s gets no metrics of this evaluation: %s; to add them later, run the "

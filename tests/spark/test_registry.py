@@ -243,9 +243,15 @@ def test_an_evaluation_by_name_gives_the_version_its_figures(
     (evaluation,) = client.search_runs([experiment.experiment_id])
     version = client.get_model_version("stub", "1")
     figures = client.get_run(version.run_id).data.metrics
-    assert figures["held-out/judged"] == 6
-    found = {name: value for name, value in evaluation.data.metrics.items() if "accuracy/" in name}
-    assert {"accuracy/section/Chat", "accuracy/overall/mean of sections"} <= set(found)
+    assert figures["held-out/counts/judged"] == 6
+    found = {
+        name: value
+        for name, value in evaluation.data.metrics.items()
+        if name.startswith(("accuracy/", "ci_low/", "ci_high/"))
+    }
+    assert {"accuracy/section/Chat", "ci_low/section/Chat", "accuracy/overall/all pairs"} <= set(
+        found
+    )
     assert {f"held-out/{name}": value for name, value in found.items()}.items() <= figures.items()
     # The newest run is the first of the list.
     *_, newest, older = version.description.splitlines()

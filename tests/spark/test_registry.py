@@ -230,7 +230,11 @@ def test_an_evaluation_by_name_gives_the_version_its_figures(
     config = {
         "dataset": "held-out",
         "warehouse": "./warehouse",
-        "input": {"path": "./pairs.jsonl", "format": "json"},
+        "input": {
+            "path": "./pairs.jsonl",
+            "format": "json",
+            "columns": {"section": "section"},
+        },
         "sections": ["Chat", "Safety"],
         "reward": "models:/stub/1",
         "report": {"enabled": False},

@@ -244,7 +244,7 @@ def test_an_evaluation_by_name_gives_the_version_its_figures(
 
     client = store.client
     experiment = client.get_experiment_by_name("cdr-evaluate")
-    (evaluation,) = client.search_runs([experiment.experiment_id])
+    evaluation, *_ = client.search_runs([experiment.experiment_id])  # newest first
     version = client.get_model_version("stub", "1")
     figures = client.get_run(version.run_id).data.metrics
     assert figures["held-out/counts/judged"] == 6

@@ -30,16 +30,13 @@ class AnnotationRun(ScoringRun):
     """
 
     def __init__(self, plan: AnnotationPlan, warehouse: Warehouse) -> None:
-        tags = {"cdr.selection_key": plan.selection_key}
-        if plan.reward_version is not None:
-            tags["cdr.reward_version"] = plan.reward_version
         super().__init__(
             plan,
             warehouse,
             job="annotate",
             reads="completions",
             config=plan.config.model_dump(mode="json"),
-            tags=tags,
+            tags={"cdr.selection_key": plan.selection_key},
         )
 
     def finish(

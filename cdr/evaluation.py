@@ -45,6 +45,7 @@ from cdr.tables import (
     VERDICTS,
 )
 from cdr.tracking import RunTracker
+from cdr.version_links import log_evaluation
 from cdr.warehouse import Warehouse
 
 
@@ -79,16 +80,13 @@ class EvaluationRun(ScoringRun):
     def __init__(
         self, plan: EvaluationPlan, warehouse: Warehouse, stop: StopSignal | None = None
     ) -> None:
-        tags = {"cdr.row": plan.name}
-        if plan.annotation.reward_version is not None:
-            tags["cdr.reward_version"] = plan.annotation.reward_version
         super().__init__(
             plan.annotation,
             warehouse,
             job="evaluate",
             reads="labelled_pairs",
             config=plan.recorded(),
-            tags=tags,
+            tags={"cdr.row": plan.name},
             stop=stop,
         )
         self._evaluation = plan
@@ -127,7 +125,15 @@ class EvaluationRun(ScoringRun):
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
-        self._tracker.log_summary({**report.metrics(), **scoring, **spent_s})
+        metrics = report.metrics()
+        self._tracker.log_summary({**metrics, **scoring, **spent_s})
+        log_evaluation(
+            self._tracker,
+            plan.annotation.reward_version,
+            plan.annotation.dataset,
+            # What versions are chosen by; the rest is one link away.
+            {name: metrics[name] for name in ("accuracy", "ci_low", "ci_high", "counts")},
+        )
         title = f"{plan.title} on {plan.annotation.dataset}"
         if self.mlflow_run_id is not None:
             with tempfile.TemporaryDirectory() as folder:

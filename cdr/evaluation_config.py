@@ -111,6 +111,11 @@ class RowSpec(Spec):
             raise ValueError("printed: must be in percent, got fractions; write 92.2, not 0.922")
         return self
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the row is the file's reward as it is."""
+        return not self.change and self.oracle is None
+
 
 class StatisticsSpec(Spec):
     """How sure the numbers are."""

@@ -136,9 +136,12 @@ def plan_evaluation(
     """
     configs = {name: _annotate_config(config, name, sample) for name in config.row_names()}
     plans = [_plan(config, name, annotate, sample) for name, annotate in configs.items()]
-    if not config.rows:
-        (plan,) = plans
-        plans = [replace(plan, annotation=replace(plan.annotation, reward_version=reward_version))]
+    plans = [
+        replace(plan, annotation=replace(plan.annotation, reward_version=reward_version))
+        if config.rows.get(plan.name, RowSpec()).is_whole
+        else plan
+        for plan in plans
+    ]
     if not with_oracle:
         return plans
     known = {plan.annotation.reward.key for plan in plans}

@@ -6,25 +6,22 @@ pack, a commit, a dtype or a weight changes it; a name, a description or a moved
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import cdr
 from cdr.config import TrackingSpec
-from cdr.errors import ConfigError, InputError, SetupError
+from cdr.errors import ConfigError, SetupError
+from cdr.model_requirements import list_requirements
 from cdr.plan import RewardPlan
 from cdr.registry import KEY_TAG, Registry, RewardVersion, check_name
 from cdr.report.reward_text import RewardText
 from cdr.reward_config import RewardSpec
 from cdr.reward_files import describe_weights, package_version, write_reward
-from cdr.tracking import RunTracker, first_line, redact, resolve_tracking_uri
+from cdr.tracking import RunTracker, redact, resolve_tracking_uri
 
 EXPERIMENT = "cdr-rewards"
 
@@ -70,41 +67,12 @@ def find_store(uri: str | None, warehouse: str | None) -> str:
     return resolve_tracking_uri(TrackingSpec(uri=uri), warehouse or ".")
 
 
-def read_metrics(path: Path | None) -> dict[str, Any]:
-    """Read the numbers that a benchmark gave a reward.
-
-    Args:
-        path: JSON object, nested or not; what is no number is left out. None for no numbers.
-
-    Raises:
-        InputError: it is not there, or not such a file.
-    """
-    if path is None:
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the metrics cannot be read: {first_line(error)}",
-            where=str(path),
-            fix="--metrics takes a JSON object of names and numbers",
-        ) from None
-    if not isinstance(found, dict):
-        raise InputError(
-            f"the metrics must be a JSON object, got {type(found).__name__}",
-            where=str(path),
-            fix='write them as {"rewardbench": {"safety": 0.93}}',
-        )
-    return found
-
-
 def register_reward(
     plan: RewardPlan,
     *,
     uri: str,
     name: str | None = None,
     alias: str | None = None,
-    metrics: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Registration:
     """Register a reward, unless the latest version is the same one.
@@ -114,7 +82,6 @@ def register_reward(
         uri: tracking URI, see `find_store`.
         name: name in the registry; None takes the reward's own.
         alias: is let stand for the version, new or not.
-        metrics: numbers that a benchmark gave the reward; kept with the version's run.
         force: make a new version in any case.
 
     Raises:
@@ -130,11 +97,10 @@ def register_reward(
     latest = registry.find_latest(name)
     is_new = force or latest is None or latest.reward_key != plan.key
     if is_new:
-        version = _log(plan, registry, name, metrics or {})
+        version = _log(plan, registry, name)
     else:
         assert latest is not None
         version = latest
-        registry.log_metrics(version, metrics or {})
     replaced = None
     if alias is not None:
         before = registry.aliases(name).get(alias)
@@ -198,9 +164,7 @@ def _refuse_passwords(plan: RewardPlan) -> None:
         )
 
 
-def _log(
-    plan: RewardPlan, registry: Registry, name: str, metrics: Mapping[str, Any]
-) -> RewardVersion:
+def _log(plan: RewardPlan, registry: Registry, name: str) -> RewardVersion:
     """Log the model in a run of its own and make a version of it."""
     tracking = TrackingSpec(uri=registry.uri, experiment=EXPERIMENT)
     tags = {
@@ -212,7 +176,6 @@ def _log(
     config = plan.spec.model_dump(mode="json")
     run_name = f"register {name}"
     with RunTracker(tracking, ".", run_name=run_name, config=config, tags=tags) as tracker:
-        tracker.log_metrics(metrics)
         version = registry.register(
             name,
             lambda: _log_model(plan, str(tracker.run_id)),
@@ -276,18 +239,8 @@ def _log_model(plan: RewardPlan, run_id: str) -> str:
                 python_model=str(_MODEL_CODE),
                 artifacts={"reward": str(reward)},
                 signature=signature,
-                pip_requirements=_requirements(),
+                # The package is in no index: the code that made the numbers goes with the version.
+                code_paths=[str(_MODEL_CODE.parent)],
+                pip_requirements=list_requirements(plan),
             )
     return str(info.model_uri)
-
-
-def _requirements() -> list[str]:
-    """List what a version needs: this package, and what that needs without its extras."""
-    try:
-        needed = metadata.requires("cdr-annotate") or []
-    except metadata.PackageNotFoundError:
-        return ["cdr-annotate"]
-    return [
-        f"cdr-annotate=={package_version()}",
-        *(line for line in needed if "extra ==" not in line),
-    ]

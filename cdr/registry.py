@@ -24,7 +24,6 @@ from cdr.plan import AnnotationPlan, RewardPlan, plan_annotation, plan_reward
 from cdr.reward_files import CONFIG, check_identity, read_identity
 from cdr.tracking import (
     first_line,
-    make_metrics,
     open_store,
     quiet,
     redact,
@@ -193,12 +192,6 @@ class Registry:
                 model_id=source.removeprefix(_SCHEME),
             )
         return RewardVersion(name, str(made.version), tags[KEY_TAG], run_id)
-
-    def log_metrics(self, version: RewardVersion, metrics: Mapping[str, Any]) -> None:
-        """Add numbers to the run of a version."""
-        if version.run_id is not None and (items := make_metrics(metrics)):
-            with self._reaching():
-                self._client.log_batch(version.run_id, metrics=items)
 
     def set_alias(self, version: RewardVersion, alias: str) -> None:
         """Let an alias stand for a version, whatever it stood for before."""

@@ -35,6 +35,9 @@ CONFIG, PACK, TEMPLATE, IDENTITY = (
 )  # fmt: skip
 """Names of the files."""
 
+PACKAGE = "cdr-annotate"
+"""This package, as it is installed."""
+
 _NAMED_TEMPLATES = ("strong", "own", "plain")
 
 
@@ -201,7 +204,7 @@ def describe_weights(model: ResolvedModel) -> dict[str, str]:
 def package_version() -> str:
     """Give the version of this package; `unknown` where it runs without being installed."""
     try:
-        return metadata.version("cdr-annotate")
+        return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
         return "unknown"
 

@@ -28,6 +28,7 @@ from cdr.staging import Staging
 from cdr.tables import LOGPROBS, Table
 from cdr.tracking import RunTracker, TableVersion, redact
 from cdr.verdicts import count_cost
+from cdr.version_links import VERSION_TAG, link_version
 from cdr.warehouse import Warehouse
 from cdr.waves import BucketRange, WaveResult
 
@@ -98,6 +99,8 @@ class ScoringRun(JobRun):
             **self._tags,
             **keys,
         }
+        if plan.reward_version is not None:
+            tags[VERSION_TAG] = plan.reward_version
         self._tracker = stack.enter_context(
             RunTracker(
                 plan.config.tracking,
@@ -108,6 +111,7 @@ class ScoringRun(JobRun):
             )
         )
         self._tracker.log_table(TableVersion(self._reads, source.place, version), role="input")
+        link_version(self._tracker, plan.reward_version, job=self._job)
         return RunRecord(
             run_id=context.run_id,
             job=self._job,

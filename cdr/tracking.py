@@ -186,6 +186,18 @@ class RunTracker:
 
         self._send("link", {"run_id": run_id, "name": name, "is_our": is_our}, send)
 
+    def describe(self, line: str) -> None:
+        """Add a line of Markdown to this run's description."""
+
+        def send() -> None:
+            self._describe(self._client.get_run(self.run_id), line)
+
+        self._send("description", line, send)
+
+    def as_link(self) -> str:
+        """Give this run as a Markdown link within MLflow's UI; the store is asked for its place."""
+        return f"[{self._run_name}]({self._page(self._client.get_run(self.run_id))})"
+
     def _describe(self, run: Any, line: str) -> None:
         """Add a line to a run's description, whatever a person has written there."""
         note = run.data.tags.get(_DESCRIPTION, "")

@@ -28,6 +28,7 @@ from cdr.staging import Staging
 from cdr.tables import PREFERENCES
 from cdr.tracking import RunTracker, TableVersion, redact
 from cdr.unreadable import explain_unreadable
+from cdr.version_links import VERSION_TAG, link_version
 from cdr.warehouse import Warehouse
 
 RUN_NOTE = "mlflow-run.json"
@@ -263,15 +264,16 @@ class TrainingRun(JobRun):
         if pairs.mlflow_run_id is not None:
             tags["cdr.annotate_mlflow_run_id"] = pairs.mlflow_run_id
         if pairs.reward_version is not None:
-            tags["cdr.reward_version"] = pairs.reward_version
+            tags[VERSION_TAG] = pairs.reward_version
         return tags
 
     def _link(self) -> None:
-        """Record what was read, and name this search in the annotate run that made the pairs."""
+        """Record what was read; name this search in the annotate run and the reward behind it."""
         place = self._warehouse.place(PREFERENCES)
         self._tracker.log_table(
             TableVersion("preferences", place, self.pairs.version), role="input"
         )
+        link_version(self._tracker, self.pairs.reward_version, job="train_simpo")
         annotate = self.pairs.mlflow_run_id
         if self._tracker.run_id is None or annotate is None:
             return

@@ -5,7 +5,8 @@ r"""Register a reward in MLflow: pinned models, prompt pack and config, under a 
 
 Needs no Spark and loads no model; weights in local folders are read once, to hash them. Afterwards
 `annotate --reward models:/NAME@champion` uses the version, and so does
-`mlflow.pyfunc.load_model("models:/NAME@champion").predict(frame)`.
+`mlflow.pyfunc.load_model("models:/NAME@champion").predict(frame)`;
+`evaluate --set reward=models:/NAME@champion` logs its figures as the version's metrics.
 
 The same reward is not registered twice: a version is added only when the key of the reward differs
 from the latest version's, which every text, weight and setting that decides a number is part of.
@@ -16,11 +17,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from cdr.cli import OK, end, run_job
 from cdr.plan import plan_reward
-from cdr.registration import Registration, find_store, read_metrics, register_reward
+from cdr.registration import Registration, find_store, register_reward
 from cdr.reward_config import load_reward_config
 from cdr.tracking import redact, ui_command
 
@@ -32,7 +32,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  --set reduction=mean --name my-mean         a variant under another name\n"
-        "  --metrics benchmark.json                    the numbers to choose a version by\n"
         "  --alias champion                            let the name stand for this version\n"
         "going back: register the old config again, or move the alias in the MLflow UI;\n"
         "a walk through: docs/how-to/registry.md\n\n"
@@ -50,12 +49,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--name", help="name in the registry; default: the reward's own. In Unity Catalog: "
         "CATALOG.SCHEMA.NAME")  # fmt: skip
     add("--alias", metavar="ALIAS", help="name for this version from now on, such as champion")
-    add(
-        "--metrics",
-        type=Path,
-        metavar="FILE",
-        help="JSON of benchmark numbers to keep with the version, be it new or there already",
-    )
     add("--warehouse", metavar="FOLDER", help="use the SQLite store of this warehouse")
     add("--tracking-uri", metavar="URI", help="MLflow store; default: MLFLOW_TRACKING_URI")
     add(
@@ -70,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; give its exit code."""
     args = parse(arguments)
     uri = find_store(args.tracking_uri, args.warehouse)
-    metrics = read_metrics(args.metrics)
     reward = load_reward_config(args.config, args.set)
     for warning in reward.warnings():
         print(f"warning: {warning}", file=sys.stderr)
@@ -79,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         uri=uri,
         name=args.name,
         alias=args.alias,
-        metrics=metrics,
         force=args.force,
     )
     print(render(done))
@@ -100,6 +91,10 @@ def render(done: Registration) -> str:
         lines.append(f"models:/{version.name}@{done.alias} is version {version.version}{before}")
     named = version.uri if done.alias is None else f"models:/{version.name}@{done.alias}"
     lines += ["", "next:", f"  jobs/annotate.py --config ... --reward {named}"]
+    if done.is_new:
+        lines.append(
+            f"  jobs/evaluate.py --config ... --set reward={named}  (figures for this version)"
+        )
     if command := ui_command(done.uri):
         lines.append(f"  {redact(command)}")
     return "\n".join(lines)

@@ -188,7 +188,7 @@ class HostPlace:
                 # -P: the working folder is on the import path only if it is on the worker's.
                 [sys.executable, "-P", "-X", "faulthandler", "-m", "cdr.engines.supervisor"]
                 + [str(word) for pair in arguments.items() for word in pair],
-                env=host_environment(self._device, num_threads, os.environ, sys.path),
+                env=host_environment(self._device, num_threads, os.environ, import_path()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -207,6 +207,18 @@ def host_folder(device: Device, owner: Owner) -> Path:
     folder = Path(tempfile.gettempdir()) / name
     is_short = len(os.fsencode(folder / SOCKET)) <= _MAX_SOCKET_PATH_BYTES
     return folder if is_short else Path("/tmp") / name
+
+
+def import_path() -> list[str]:
+    """Give this process's import path, on which its own copy of this package is the first one.
+
+    A model that MLflow loads puts the code it was registered with before all else; a host must run
+    the code that asks it.
+    """
+    own = str(Path(__file__).resolve().parents[2])
+    copies = [n for n, entry in enumerate(sys.path) if Path(entry, "cdr", "engines").is_dir()]
+    first = min(copies, default=len(sys.path))
+    return [*sys.path[:first], own, *sys.path[first:]]
 
 
 def host_environment(

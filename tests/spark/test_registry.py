@@ -10,8 +10,11 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,14 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from cdr.errors import CdrError, ConfigError
+from cdr.evaluation_config import RowSpec
 from cdr.evaluation_plan import plan_evaluation
 from cdr.registry import KEY_TAG, global_store, load_annotation_plan, load_evaluation
 from cdr.tables import PREFERENCES, REJECTS, REWARDS, Table
 from cdr.warehouse import Warehouse
 from jobs.annotate import annotate
 from jobs.annotate import main as annotate_main
+from jobs.evaluate import main as evaluate_main
 from jobs.register_reward import main as register
 from tests.chat_endpoint import say, serve
 from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe, make_smollm2
@@ -202,6 +207,95 @@ def test_a_run_with_a_registered_reward_says_so_everywhere(
     assert "strong" in version.description
     registration = store.client.get_run(version.run_id).data.tags
     assert registration["cdr.reward_version"] == "stub/1"
+    # Both pages lead to each other.
+    assert tags["mlflow.note.content"] == "Reward: [stub/1](#/models/stub/versions/1)"
+    run = store.client.get_run(run_id).info
+    page = f"#/experiments/{run.experiment_id}/runs/{run_id}"
+    assert f"\n- annotate: [{run.run_name}]({page})" in version.description
+
+
+def test_an_evaluation_by_name_gives_the_version_its_figures(
+    annotated: Warehouse, store: Store
+) -> None:
+    pairs = [
+        {
+            "prompt_id": f"p{i}",
+            "prompt": make_row(i, 0)["prompt"],
+            "chosen": make_row(i, 0)["completion"],
+            "rejected": make_row(i, 1)["completion"],
+            "section": "Chat" if i % 2 else "Safety",
+        }
+        for i in range(6)
+    ]
+    (store.folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = {
+        "dataset": "held-out",
+        "warehouse": "./warehouse",
+        "input": {
+            "path": "./pairs.jsonl",
+            "format": "json",
+            "columns": {"section": "section"},
+        },
+        "sections": ["Chat", "Safety"],
+        "reward": "models:/stub/1",
+        "report": {"enabled": False},
+    }
+    (store.folder / "by-name.yaml").write_text(yaml.safe_dump(config))
+    assert evaluate_main(["--config", str(store.folder / "by-name.yaml")]) == 0
+
+    client = store.client
+    experiment = client.get_experiment_by_name("cdr-evaluate")
+    evaluation, *_ = client.search_runs([experiment.experiment_id])  # newest first
+    version = client.get_model_version("stub", "1")
+    figures = client.get_run(version.run_id).data.metrics
+    assert figures["held-out/counts/judged"] == 6
+    found = {
+        name: value
+        for name, value in evaluation.data.metrics.items()
+        if name.startswith(("accuracy/", "ci_low/", "ci_high/"))
+    }
+    assert {"accuracy/section/Chat", "ci_low/section/Chat", "accuracy/overall/all pairs"} <= set(
+        found
+    )
+    assert {f"held-out/{name}": value for name, value in found.items()}.items() <= figures.items()
+    # The newest run is the first of the list.
+    *_, newest, older = version.description.splitlines()
+    assert newest.startswith(f"- evaluate: [{evaluation.info.run_name}](#/experiments/")
+    assert older.startswith("- annotate: [")
+    assert "(#/models/stub/versions/1)" in evaluation.data.tags["mlflow.note.content"]
+
+
+def test_a_version_brings_the_code_and_names_the_packages_that_made_its_numbers(
+    registered: Store,
+) -> None:
+    location = registered.client.get_model_version_download_uri("stub", "1")
+    folder = Path(location.removeprefix("file://"))
+    needed = (folder / "requirements.txt").read_text().splitlines()
+    assert f"torch=={metadata.version('torch').partition('+')[0]}" in needed
+    assert f"transformers=={metadata.version('transformers')}" in needed
+    assert not [line for line in needed if line.startswith(("cdr", "vllm", "pyspark", "pytest"))]
+    assert all("==" in line for line in needed)
+    # Where the package is not installed: `-S` leaves out what an editable installation adds.
+    script = (
+        "import sys, mlflow\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "import cdr, pandas as pd\n"
+        "print(cdr.__file__)\n"
+        "rows = pd.DataFrame({'prompt': ['A fox?'], 'completion': ['Yes.']})\n"
+        "print(model.predict(rows)['status'][0])\n"
+    )
+    paths = [path for path in sys.path if path.endswith("site-packages")]
+    done = subprocess.run(
+        [sys.executable, "-S", "-W", "ignore", "-c", script, str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        cwd=registered.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    place, status = done.stdout.splitlines()[-2:]
+    assert (Path(place), status) == (folder / "code" / "cdr" / "__init__.py", "ok")
 
 
 @pytest.mark.usefixtures("in_store")
@@ -460,15 +554,11 @@ def test_an_api_judge_is_registered_without_its_key_and_asked_by_one_task(
 
 
 def test_the_same_reward_is_not_registered_twice_and_a_changed_pack_is_a_new_version(
-    registered: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    registered: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = tmp_path / "benchmark.json"
-    metrics.write_text('{"rewardbench": {"safety": 0.93, "note": "text"}}')
-    registered.register("--metrics", str(metrics), "--set", "description=other words")
+    registered.register("--set", "description=other words")
     assert "nothing to register: models:/stub/1 is this reward already" in capsys.readouterr().out
     assert registered.versions("stub") == ["1"]
-    first = registered.client.get_model_version("stub", "1")
-    assert registered.client.get_run(first.run_id).data.metrics == {"rewardbench/safety": 0.93}
 
     pack = registered.folder / "pack.yaml"
     before = pack.read_text()
@@ -496,6 +586,10 @@ def test_the_same_reward_is_not_registered_twice_and_a_changed_pack_is_a_new_ver
     found, version = load_evaluation(evaluation, ["reward=models:/stub/1"])
     (plan,) = plan_evaluation(found, reward_version=version)
     assert (plan.annotation.reward.key, plan.annotation.reward_version) == (first_key, "stub/1")
+    # Of several rows, those that change nothing are the version.
+    rows = {"router": RowSpec(), "plain": RowSpec(change={"routing": {"mode": "none"}})}
+    plans = plan_evaluation(found.model_copy(update={"rows": rows}), reward_version=version)
+    assert [plan.annotation.reward_version for plan in plans] == ["stub/1", None]
     with pytest.raises(ConfigError, match="reduction: was mean when it was registered"):
         load_evaluation(evaluation, ["reward=models:/stub/1", "reward.reduction=sum"])
     registered.register("--force")

@@ -19,6 +19,7 @@ from mlflow.entities import Run
 from cdr.config import TrackingSpec
 from cdr.errors import SetupError, Stopped
 from cdr.tracking import RunTracker, TableVersion, git_commit, resolve_tracking_uri, ui_command
+from cdr.version_links import link_version, log_evaluation
 
 CONFIG = {"dataset": "toy", "reward": {"models": {"strong": {"path": "a/b"}}, "terms": []}}
 
@@ -147,6 +148,32 @@ def test_runs_are_linked_both_ways(warehouse: Path) -> None:
     assert there.data.tags["mlflow.note.content"] == (
         f"Ours, for the spring release.\n\nTraining: [{here.info.run_name}]({page}/{policy.run_id})"
     )
+
+
+def test_a_version_that_cannot_be_changed_costs_a_warning_and_no_run(
+    warehouse: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("may only use it")
+
+    with make_tracker(warehouse) as tracker:
+        client = MlflowClient(tracker.uri)
+        client.create_registered_model("r")
+        client.create_model_version("r", f"file://{warehouse}", run_id=tracker.run_id)
+        monkeypatch.setattr(MlflowClient, "update_model_version", refuse)
+        link_version(tracker, "r/1", job="annotate")
+        link_version(tracker, "r/2", job="annotate")
+        log_evaluation(tracker, "r/2", "pairs", {"judged": 9})
+        log_evaluation(tracker, "r/1", "pairs", {"judged": 9})
+        link_version(tracker, None, job="annotate")
+        tracker.log_metrics({"later": 1})
+    denied, *missing = [record.getMessage() for record in caplog.records]
+    assert denied.startswith("the reward r/1 gets no link to this run: PermissionError: may only")
+    assert ["the reward r/2 gets no" in message for message in missing] == [True, True]
+    run = stored_run(tracker)
+    assert run.data.tags["mlflow.note.content"] == "Reward: [r/1](#/models/r/versions/1)"
+    assert run.data.metrics == {"pairs/judged": 9.0, "later": 1.0}
+    assert not (warehouse / "mlflow-unsent" / f"{tracker.run_id}.json").exists()
 
 
 def test_long_values_are_cut_with_a_note_and_more_than_a_batch_is_taken(

@@ -85,9 +85,12 @@ def test_a_search_is_linked_to_what_its_pairs_came_from_and_pinned_to_their_vers
     # As an annotate run with tracking, by a registered reward, would have left the table.
     with RunTracker(TrackingSpec(), folder, run_name="annotate", config={}) as annotate:
         pass
+    client = MlflowClient(annotate.uri)
+    client.create_registered_model("plain")
+    client.create_model_version("plain", f"file://{folder}", description="Plain.")
     spark.sql(
         f"UPDATE delta.`{folder}/preferences` "
-        f"SET mlflow_run_id = '{annotate.run_id}', reward_version = 'plain/3' "
+        f"SET mlflow_run_id = '{annotate.run_id}', reward_version = 'plain/1' "
         "WHERE reward_name = 'plain'"
     )
     version = warehouse.version("preferences")
@@ -95,7 +98,6 @@ def test_a_search_is_linked_to_what_its_pairs_came_from_and_pinned_to_their_vers
 
     assert main(["--config", write_config(warehouse, start)]) == 0
 
-    client = MlflowClient(annotate.uri)
     (experiment,) = client.search_experiments(filter_string="name = 'cdr-simpo'")
     runs = client.search_runs([experiment.experiment_id])
     (search,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -105,7 +107,7 @@ def test_a_search_is_linked_to_what_its_pairs_came_from_and_pinned_to_their_vers
     assert {name.removeprefix("cdr."): text for name, text in tags.items()}.items() >= {
         "job": "train_simpo", "warehouse": folder, "dataset": "demo", "reward_name": "plain",
         "reward_key": rows[0]["reward_key"], "selection_key": rows[0]["selection_key"],
-        "reward_version": "plain/3", "preferences_version": str(version),
+        "reward_version": "plain/1", "preferences_version": str(version),
         "annotate_run_id": rows[0]["run_id"], "annotate_mlflow_run_id": annotate.run_id,
         "input.preferences": f"{folder}/preferences@{version}",
     }.items()  # fmt: skip
@@ -114,7 +116,7 @@ def test_a_search_is_linked_to_what_its_pairs_came_from_and_pinned_to_their_vers
     assert search.data.params["preferences.version"] == str(version)
     for point in points.values():
         assert point.data.tags["mlflow.parentRunId"] == search.info.run_id
-        assert point.data.tags["cdr.reward_version"] == "plain/3"
+        assert point.data.tags["cdr.reward_version"] == "plain/1"
         assert float(point.data.params["gamma"]) == 3.0
         curve = client.get_metric_history(point.info.run_id, "loss")
         assert [entry.step for entry in curve] == list(range(1, len(curve) + 1))
@@ -125,10 +127,14 @@ def test_a_search_is_linked_to_what_its_pairs_came_from_and_pinned_to_their_vers
     (training,) = [row for row in warehouse.rows("runs") if row["job"] == "train_simpo"]
     back = client.get_run(annotate.run_id).data.tags
     here, there = (tags["mlflow.note.content"], back["mlflow.note.content"])
-    assert here.startswith(f"Annotate run: [{rows[0]['run_id']}](#/experiments/")
+    reward = "Reward: [plain/1](#/models/plain/versions/1)"
+    assert here.startswith(f"{reward}\n\nAnnotate run: [{rows[0]['run_id']}](#/experiments/")
     assert here.endswith(f"/runs/{annotate.run_id})")
     assert there.startswith("SimPO training: [")
     assert there.endswith(f"/runs/{search.info.run_id})")
+    page = client.get_model_version("plain", "1").description
+    assert page.startswith("Plain.\n\nNewest runs with it")
+    assert page.endswith(f"\n- train_simpo: {there.removeprefix('SimPO training: ')}")
     assert back[f"cdr.training.{search.info.run_id}"] == training["run_id"]
     assert (training["outcome"], training["mlflow_run_id"]) == ("done", search.info.run_id)
     for table in ("runs", "preferences"):
@@ -140,7 +146,7 @@ def test_a_search_is_linked_to_what_its_pairs_came_from_and_pinned_to_their_vers
     assert (found["annotate_run"], found["training"]) == (rows[0]["run_id"], training["run_id"])
     assert (found["preferences_version"], found["train_pairs"]) == (version, counted)
     assert [(r["reward_version"], r["annotate_in_mlflow"]) for r in reward] == [
-        ("plain/3", annotate.run_id)
+        ("plain/1", annotate.run_id)
     ]
     manifest = json.loads((warehouse.warehouse.parent / "out/pairs/manifest.json").read_text())
     assert spark.sql(manifest["query"]).count() == len(rows)

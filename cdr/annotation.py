@@ -58,6 +58,7 @@ class AnnotationRun(ScoringRun):
             tokens=work.tokens,
             scoring_s=self._spent_s["scoring"],
             load_s=self._load_s(),
+            resubmitted=self.counter.num_resubmitted(),
             wall_s=time.monotonic() - self._started,
         )
         limits = self._spec

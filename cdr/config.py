@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from cdr.config_files import MayBeFile, Spec, load_config
+from cdr.engines.device import DeviceChoice
 from cdr.reward_config import EngineName, RewardSpec
 
 # What the configs of all jobs have in common, each key with its one rule.
@@ -169,6 +170,12 @@ class JobSpec(Spec):
     )
     devices: int | None = Field(
         None, ge=1, description="Devices to keep busy. None: what the cluster announces."
+    )
+    device: DeviceChoice = Field(
+        "auto",
+        description="What models run on. `auto`: GPUs; on one machine the CPU where there is none, "
+        "while a cluster without GPUs is refused. `gpu`: GPUs only. `cpu`: the CPU, also of a "
+        "cluster.",
     )
 
 

@@ -120,13 +120,13 @@ class EvaluationRun(ScoringRun):
             "logprobs_scored": now,
             "tokens": work.tokens,
         }
-        self._conclude(shares, {**report.counts(), **scoring})
+        self._conclude(shares, {**report.counts(), **scoring, **self._engine_counts()})
         spent_s = {
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
         metrics = report.metrics()
-        self._tracker.log_summary({**metrics, **scoring, **spent_s})
+        self._tracker.log_summary({**metrics, **scoring, **self._engine_counts(), **spent_s})
         log_evaluation(
             self._tracker,
             plan.annotation.reward_version,
@@ -153,6 +153,7 @@ class EvaluationRun(ScoringRun):
         for warning in report.warnings():
             print(f"warning: {warning}")
         self._say_cost()
+        self._say_resubmitted()
         self._warn_of_mixed_versions()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from pyspark.resource import ResourceProfile
     from pyspark.sql import SparkSession
 
-_EXECUTOR, _TASK = "spark.executor.resource.gpu.amount", "spark.task.resource.gpu.amount"
+EXECUTOR_AMOUNT = "spark.executor.resource.gpu.amount"
+"""Spark's setting of the GPUs of an executor."""
+_TASK = "spark.task.resource.gpu.amount"
 _DISCOVERY = "spark.executor.resource.gpu.discoveryScript"
 _VENDOR = "spark.executor.resource.gpu.vendor"
 
@@ -45,14 +47,14 @@ def task_gpus(spark: SparkSession, engines: Sequence[EngineSpec]) -> dict[str, A
     if not needed:
         return {}
     conf = spark.sparkContext.getConf()
-    per_executor = int(conf.get(_EXECUTOR, "0") or 0)
+    per_executor = int(conf.get(EXECUTOR_AMOUNT, "0") or 0)
     if is_one_machine(spark.sparkContext.master) or not per_executor:
         return {}
     if needed > per_executor:
         raise SetupError(
             f"a model with tensor_parallel {needed} needs {needed} GPUs in one executor, which has "
             f"{per_executor}",
-            fix=f"set {_EXECUTOR}={needed}, or a smaller tensor_parallel",
+            fix=f"set {EXECUTOR_AMOUNT}={needed}, or a smaller tensor_parallel",
         )
     per_task = float(conf.get(_TASK, "0") or 0)
     if per_task == needed or (needed == 1 and 0 < per_task < 1):  # tasks may share a GPU

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +29,12 @@ _SET_HOME = (
     "(spark.executorEnv.HF_HOME)"
 )
 _ELSEWHERE = "or put the model on S3 or a shared folder and name that in the config"
+
+_LOOK_UP_TIMEOUT_S = 10.0
+# A hub that could not be reached is not asked again for so long: a plan finds that out once, not
+# for each of its models.
+_OUTAGE_S = 60.0
+_outage: tuple[float, Exception] | None = None
 
 
 def cache_folder() -> Path:
@@ -51,13 +58,17 @@ def count_bytes(repo: str) -> int:
     return total
 
 
-def download_snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path:
+def download_snapshot(
+    repo: str, revision: str, patterns: Sequence[str], *, is_patient: bool
+) -> Path:
     """Download the files of a commit that match; those in the cache are not asked for.
 
     Args:
         repo: hub id.
         revision: commit hash.
         patterns: names of files, not in sub-folders.
+        is_patient: where the hub cannot be reached, try again for half a minute, and see first
+            whether there is room; for weights. False: what the cache has, or an error at once.
 
     Raises:
         ModelError: the model is gated, missing or has no such commit, the hub cannot be reached
@@ -65,7 +76,11 @@ def download_snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path
     """
     from huggingface_hub import snapshot_download
 
-    _require_space(repo, revision, patterns)
+    outage = None
+    if is_patient:
+        _require_space(repo, revision, patterns)
+    else:
+        outage = _find_outage(repo, revision, "model")
     try:
         with _without_bars():
             folder = snapshot_download(
@@ -73,9 +88,10 @@ def download_snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path
                 revision=revision,
                 allow_patterns=list(patterns),
                 ignore_patterns=list(_LEFT_OUT),
+                local_files_only=outage is not None,
             )
     except Exception as error:
-        raise _explain(error, repo, revision) from error
+        raise _explain(outage or error, repo, revision) from error
     return Path(folder)
 
 
@@ -96,13 +112,18 @@ def download_split(repo: str, revision: str, split: str) -> list[Path]:
     from huggingface_hub import snapshot_download
 
     patterns = [f"{split}-*.parquet", f"*/{split}-*.parquet"]
+    outage = _find_outage(repo, revision, "dataset")
     try:
         with _without_bars():
             folder = snapshot_download(
-                repo, revision=revision, repo_type="dataset", allow_patterns=patterns
+                repo,
+                revision=revision,
+                repo_type="dataset",
+                allow_patterns=patterns,
+                local_files_only=outage is not None,
             )
     except Exception as error:
-        raise _explain(error, repo, revision, kind="data set") from error
+        raise _explain(outage or error, repo, revision, kind="data set") from error
     files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
     if not files:
         raise ModelError(
@@ -115,6 +136,29 @@ def download_split(repo: str, revision: str, split: str) -> list[Path]:
 
 def _repo_folder(repo: str) -> Path:
     return cache_folder() / f"models--{repo.replace('/', '--')}"
+
+
+def _find_outage(repo: str, revision: str, repo_type: str) -> Exception | None:
+    """Ask the hub about a repository, once; give the error of a hub that does not answer.
+
+    The client itself tries five times, for 23 s, and logs each of them.
+    """
+    global _outage
+    from huggingface_hub import HfApi
+
+    if _outage is not None and time.monotonic() - _outage[0] < _OUTAGE_S:
+        return _outage[1]
+    _outage = None
+    try:
+        HfApi().repo_info(repo, revision=revision, repo_type=repo_type, timeout=_LOOK_UP_TIMEOUT_S)
+    except ValueError:
+        return None  # about this repository's name; the download says so
+    except Exception as error:
+        # The classes raised here depend on the client's version; a refusal is an answer.
+        if getattr(error, "response", None) is None:
+            _outage = time.monotonic(), error
+            return error
+    return None
 
 
 def _require_space(repo: str, revision: str, patterns: Sequence[str]) -> None:

@@ -19,11 +19,13 @@ from pyspark.sql import SparkSession
 
 from cdr.cli import FAILED, KEPT, OK, OVER_THRESHOLD, STOPPED, explain_spark_error
 from cdr.config import JobSpec
+from cdr.engines.base import EngineSpec
 from cdr.engines.device import visible_cuda_devices
 from cdr.errors import CdrError, Stopped
-from cdr.progress import Counts, Progress, TaskCounter, is_one_machine
+from cdr.progress import Counts, Progress, TaskCounter, is_one_machine, slowest_loads
 from cdr.runs import RunLog, RunRecord, StopSignal
 from cdr.staging import Staging
+from cdr.summary import RESUBMITTED, count_engines
 from cdr.warehouse import Warehouse
 
 Wave = TypeVar("Wave")
@@ -59,6 +61,7 @@ class JobRun(ABC):
         warehouse: where the tables are.
         staging: the run's folder of intermediate tables.
         spec: its limits.
+        engines: those that it may load, by role.
         stop: what tells the job to end, where it is made of several runs; None: a run of its own.
 
     Attributes:
@@ -71,11 +74,13 @@ class JobRun(ABC):
         warehouse: Warehouse,
         staging: Staging,
         spec: JobSpec,
+        engines: Mapping[str, EngineSpec] | None = None,
         stop: StopSignal | None = None,
     ) -> None:
         self.counter = TaskCounter.create(warehouse.spark)
         self.exit_code = FAILED
         self._warehouse, self._staging, self._spec = warehouse, staging, spec
+        self._engines = engines or {}
         self._has_own_stop = stop is None
         self._stop = stop or StopSignal(warehouse.spark, spec.max_hours)
         self._waves_done = self._waves_total = 0
@@ -129,7 +134,8 @@ class JobRun(ABC):
         if not waves:
             return
         begun = time.monotonic()
-        with Progress(total, self.counter, label=label):
+        names = name_engines(self._engines)
+        with Progress(total, self.counter, label=label, names=names):
             for wave in waves:
                 yield wave
                 self._spent_s[label] = time.monotonic() - begun
@@ -140,6 +146,27 @@ class JobRun(ABC):
         self._waves_done += 1
         self._counts.update(counts)
         self._log.update(waves_done=self._waves_done, counts=self._counts)
+
+    def _load_s(self) -> dict[str, float]:
+        """Give what loading each model took, by role, in seconds on its slowest engine host.
+
+        Models that this run did not load are missing.
+        """
+        by_name = slowest_loads(self.counter.engine_loads())
+        return {
+            role: by_name[engine.name]
+            for role, engine in self._engines.items()
+            if engine.name in by_name
+        }
+
+    def _engine_counts(self) -> dict[str, int]:
+        """Give what `runs` keeps of the engines."""
+        return count_engines(self._load_s(), self.counter.num_resubmitted())
+
+    def _say_resubmitted(self) -> None:
+        """Say how many requests vLLM had to be sent again, if any."""
+        if resubmitted := self.counter.num_resubmitted():
+            print(f"{resubmitted:,} requests {RESUBMITTED}\n")
 
     def _conclude(self, shares: Sequence[Share], counts: Mapping[str, int]) -> None:
         """Decide the exit code of a run that did all it could, and keep its counts for `runs`."""
@@ -182,6 +209,24 @@ class JobRun(ABC):
             self._log.end(self._outcome, error=self._problem, counts=self._counts)
             if self._problem:
                 print(f"\nover the threshold: {self._problem}; see the tables rejects and rewards")
+
+
+def name_engines(engines: Mapping[str, EngineSpec]) -> dict[str, str]:
+    """Name engines for people: `strong (smollm2-135m-instruct + adapter)`.
+
+    Args:
+        engines: by role.
+
+    Returns:
+        The names by what engines are called in requests, their model key.
+    """
+    names: dict[str, str] = {}
+    for engine in engines.values():
+        roles = ", ".join(role for role, other in engines.items() if other.name == engine.name)
+        path = engine.path.rstrip("/").rpartition("/")[2]
+        adapter = " + adapter" if engine.adapter_path else ""
+        names[engine.name] = f"{roles} ({path}{adapter})"
+    return names
 
 
 def count_devices(spark: SparkSession, configured: int | None) -> int:

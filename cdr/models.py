@@ -237,7 +237,8 @@ def _find(source: Source) -> _Found:
     Raises:
         ModelError: it is missing or unusable.
     """
-    folder = fetch_small_files(source.path, source.revision)
+    # Somebody waits for the plan, and a hub out of reach is a problem of every model of it.
+    folder = fetch_small_files(source.path, source.revision, is_patient=False)
     if source.revision is not None:
         return _Found(folder, f"{source.path}@{source.revision}", source.checksum)
     require_safetensors(list_names(source.path), source)

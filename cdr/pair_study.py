@@ -274,12 +274,14 @@ class StudyRun(ScoringRun):
         ]
         now, failed = self._counts["logprobs_scored"], self._counts["logprobs_failed"]
         scoring = {"logprobs_asked": work.asked, "logprobs_scored": now, "tokens": work.tokens}
-        self._conclude(shares, {**report.counts(), **scoring})
+        self._conclude(shares, {**report.counts(), **scoring, **self._engine_counts()})
         spent_s = {
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
-        self._tracker.log_summary({**report.metrics(), **scoring, **spent_s})
+        self._tracker.log_summary(
+            {**report.metrics(), **scoring, **self._engine_counts(), **spent_s}
+        )
         if self.mlflow_run_id is not None:
             with tempfile.TemporaryDirectory() as folder:
                 for file in draw_study(report, Path(folder)):
@@ -292,6 +294,7 @@ class StudyRun(ScoringRun):
             f"store, {now:,} scored in {spent_s['scoring_s']:.0f} s, {failed:,} failed\n\n"
             f"{report.render()}\n"
         )
+        self._say_resubmitted()
         self._warn_of_mixed_versions()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")

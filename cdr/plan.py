@@ -116,6 +116,11 @@ class AnnotationPlan:
         """Hash of the rule that chooses pairs."""
         return self.config.pairs.key()
 
+    def engines(self) -> list[EngineSpec]:
+        """Give all engines of a run, the router's first."""
+        route = self.reward.route
+        return [*([route.engine] if route else []), *self.reward.engines]
+
 
 def plan_annotation(
     config: AnnotateConfig, *, limit: int | None = None, reward: RewardPlan | None = None

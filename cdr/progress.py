@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,10 +68,11 @@ class EngineLoad(NamedTuple):
     engine: str
     load_s: float
 
-    def describe(self) -> str:
-        """Say it in one line."""
+    def describe(self, names: Mapping[str, str]) -> str:
+        """Say it in one line, the engine by what it is called in `names`."""
         place = f"{self.node} {self.device} (engine host {self.host_pid})"
-        return f"loaded {self.engine} in {self.load_s:.1f} s on {place}"
+        name = names.get(self.engine, self.engine)
+        return f"loaded {name} in {self.load_s:.1f} s on {place}"
 
 
 def slowest_loads(loads: Iterable[EngineLoad]) -> dict[str, float]:
@@ -122,11 +123,13 @@ class TaskCounter:
     Args:
         ended: accumulator over ended tasks.
         loads: accumulator over the engines that ended tasks found loaded.
+        resubmitted: accumulator over requests that engines sent their model again, in ended tasks.
         folder: of the running tasks' files, on the one machine of a local session; else None.
     """
 
     ended: Accumulator[Counts]
     loads: Accumulator[frozenset[EngineLoad]]
+    resubmitted: Accumulator[int]
     folder: Path | None
 
     @classmethod
@@ -142,7 +145,10 @@ class TaskCounter:
         if is_one_machine(context.master):
             folder = Path(tempfile.mkdtemp(prefix="cdr-progress-"))
         counter = cls(
-            context.accumulator(Counts(), counts), context.accumulator(frozenset(), loads), folder
+            context.accumulator(Counts(), counts),
+            context.accumulator(frozenset(), loads),
+            context.accumulator(0),
+            folder,
         )
         if folder is not None:
             weakref.finalize(counter, shutil.rmtree, folder, ignore_errors=True)
@@ -167,6 +173,14 @@ class TaskCounter:
     def add_loads(self, loads: Iterable[EngineLoad]) -> None:
         """Note, on a worker, which engines a task found loaded."""
         self.loads.add(frozenset(loads))
+
+    def add_resubmitted(self, requests: int) -> None:
+        """Count, on a worker, requests that a task's engines sent their model again."""
+        self.resubmitted.add(requests)
+
+    def num_resubmitted(self) -> int:
+        """Give the requests that ended tasks' engines sent again (driver only)."""
+        return self.resubmitted.value
 
     def engine_loads(self) -> frozenset[EngineLoad]:
         """Give every engine that ended tasks found loaded (driver only)."""
@@ -222,6 +236,7 @@ class Progress:
         total: what there is to do.
         source: polled from a thread, once a second with a terminal, else every ten.
         label: what is being done, for example the model's role.
+        names: what engines are called in the lines about their loading, by engine.
         stream: where to show it.
         clock: seconds, for tests.
     """
@@ -232,10 +247,12 @@ class Progress:
         source: CountSource,
         *,
         label: str,
+        names: Mapping[str, str] | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._source, self._label = total, source, label
+        self._names = names or {}
         self._stream = stream or sys.stderr
         self._clock = clock
         # A job's counter serves several stages: what others have counted is not ours.
@@ -276,7 +293,7 @@ class Progress:
         """Read the counts and show them, and which engines were loaded meanwhile."""
         loads = self._source.engine_loads()
         for load in sorted(loads - self._told):
-            self._print(load.describe())
+            self._print(load.describe(self._names))
         self._told = loads
         now, counts = self._clock(), self._source.read().minus(self._before)
         # Between the end of a task and its accumulator's arrival the sum dips for a moment.

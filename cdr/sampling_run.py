@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 from cdr.config import content_hash
 from cdr.estimate import format_count, format_duration
+from cdr.executors import settle_device
 from cdr.job_run import JobRun, Share, count_devices
 from cdr.progress import Counts
 from cdr.runs import RunRecord, new_run_id
@@ -26,15 +28,23 @@ class SamplingRun(JobRun):
     """One sampling run, used as a context manager.
 
     Args:
-        plan: the checked plan.
+        plan: the checked plan; its `run.device` is settled here.
         warehouse: where the tables are.
 
     Attributes:
         context: what the stages work with.
+
+    Raises:
+        ModelError: vLLM is asked for and cannot be used on this machine.
+        SetupError: there are no GPUs, and the CPU is not meant.
     """
 
     def __init__(self, plan: SamplingPlan, warehouse: Warehouse) -> None:
         spark, run_id = warehouse.spark, new_run_id()
+        # As asked for, whatever it means on this cluster.
+        self._recorded = plan.config.model_dump(mode="json")
+        settled = settle_device(plan.config.run, [plan.engine], spark)
+        plan = replace(plan, config=plan.config.model_copy(update={"run": settled}))
         staging = Staging(spark, warehouse.root, run_id)
         self.context = SamplingContext(
             plan=plan,
@@ -44,13 +54,13 @@ class SamplingRun(JobRun):
             input_version=input_version(spark, plan.config.input),
             num_tasks=count_devices(spark, plan.config.run.devices),
         )
-        super().__init__(warehouse, staging, plan.config.run)
+        super().__init__(warehouse, staging, plan.config.run, {"policy": plan.engine})
         self._plan = plan
         self._sampled = SampleCounts()
 
     def _begin(self, stack: contextlib.ExitStack) -> RunRecord:
         config = self._plan.config
-        values, version = config.model_dump(mode="json"), self.context.input_version
+        values, version = self._recorded, self.context.input_version
         return RunRecord(
             run_id=self.context.run_id,
             job="generate",
@@ -97,6 +107,7 @@ class SamplingRun(JobRun):
             "tokens": counts.tokens,
             "length_stopped": counts.cut,
             "empty": counts.empty,
+            **self._engine_counts(),
         }
         self._conclude(shares, recorded)
         print(f"\n{self._summary(work, rejects)}")

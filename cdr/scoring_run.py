@@ -10,15 +10,17 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from cdr.config import content_hash
+from cdr.executors import settle_device
 from cdr.job_run import JobRun, count_devices
 from cdr.plan import AnnotationPlan
-from cdr.progress import Counts, slowest_loads
+from cdr.progress import Counts
 from cdr.routing import RoutingWork
 from cdr.runs import RunRecord, StopSignal, new_run_id
 from cdr.scoring import Wave, Work
@@ -51,7 +53,7 @@ class ScoringRun(JobRun):
     """One run that scores candidates, used as a context manager.
 
     Args:
-        plan: the checked plan.
+        plan: the checked plan; its `run.device` is settled here.
         warehouse: where the tables are.
         job: its name in `runs` and MLflow.
         reads: what its input is called there.
@@ -61,6 +63,10 @@ class ScoringRun(JobRun):
 
     Attributes:
         context: what the stages work with.
+
+    Raises:
+        ModelError: vLLM is asked for and cannot be used on this machine.
+        SetupError: there are no GPUs, and the CPU is not meant.
     """
 
     def __init__(
@@ -74,8 +80,11 @@ class ScoringRun(JobRun):
         tags: Mapping[str, str],
         stop: StopSignal | None = None,
     ) -> None:
+        settled = settle_device(plan.config.run, plan.engines(), warehouse.spark)
+        plan = replace(plan, config=plan.config.model_copy(update={"run": settled}))
         self.context = make_context(plan, warehouse)
-        super().__init__(warehouse, self.context.staging, plan.config.run, stop)
+        engines = {role: model.engine_spec for role, model in plan.reward.models.items()}
+        super().__init__(warehouse, self.context.staging, plan.config.run, engines, stop)
         self._plan, self._job, self._reads = plan, job, reads
         self._config, self._tags = config, tags
         self._started = time.monotonic()
@@ -150,15 +159,6 @@ class ScoringRun(JobRun):
         if not self._counts["logprobs_failed"]:
             return None
         return self.context.staging.read("scored").where("error IS NOT NULL")
-
-    def _load_s(self) -> dict[str, float]:
-        """Give what loading each model took, in seconds on its slowest host; see `Summary`."""
-        by_key = slowest_loads(self.counter.engine_loads())
-        return {
-            role: by_key[model.model_key]
-            for role, model in self._plan.reward.models.items()
-            if model.model_key in by_key
-        }
 
     def _log_outputs(self, tables: Sequence[Table]) -> None:
         """Record the tables that the run wrote, at their versions."""

@@ -16,6 +16,30 @@ from cdr.text_table import render_table
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
+RESUBMITTED = "sent to vLLM again, without its prefix cache (docs/how-to/vllm.md)"
+"""What became of the requests that are counted as such."""
+_LOAD_S = "load_s."
+
+
+def count_engines(load_s: Mapping[str, float], resubmitted: int) -> dict[str, int]:
+    """Give what `runs.counts` keeps of a run's engines, by name.
+
+    Args:
+        load_s: seconds that loading a model took, by role; kept as whole ones.
+        resubmitted: requests that engines sent their model again; kept when there are any.
+    """
+    counts = {f"{_LOAD_S}{role}": round(seconds) for role, seconds in load_s.items()}
+    return {**counts, "requests_resubmitted": resubmitted} if resubmitted else counts
+
+
+def read_load_s(counts: Mapping[str, int]) -> dict[str, float]:
+    """Give the seconds that `count_engines` kept, by role."""
+    return {
+        name.removeprefix(_LOAD_S): float(seconds)
+        for name, seconds in counts.items()
+        if name.startswith(_LOAD_S)
+    }
+
 
 @dataclass(frozen=True)
 class DomainSummary:
@@ -62,6 +86,7 @@ class Summary:
         scoring_s: seconds spent in waves.
         load_s: seconds that loading a model took on the slowest engine host, by role; the models
             that this run did not load are missing.
+        resubmitted: requests that engines sent their model again.
         wall_s: seconds since the start.
     """
 
@@ -79,6 +104,7 @@ class Summary:
     tokens: int
     scoring_s: float
     load_s: Mapping[str, float]
+    resubmitted: int
     wall_s: float
 
     @property
@@ -111,6 +137,7 @@ class Summary:
             "tokens": self.tokens,
             # Whole seconds, for pages built from the tables later.
             "scoring_s": round(self.scoring_s),
+            **count_engines(self.load_s, self.resubmitted),
             **{f"rejected.{reason}": count for reason, count in self.rejected.items()},
             **{f"no_pair.{reason}": count for reason, count in self.no_pair.items()},
             **{f"routed.{source}": count for source, count in self.routed.items()},
@@ -125,7 +152,7 @@ class Summary:
             "failed_fraction": self.failed_fraction,
             "scoring_s": self.scoring_s,
             "wall_s": self.wall_s,
-            **{f"load_s.{role}": seconds for role, seconds in self.load_s.items()},
+            **{f"{_LOAD_S}{role}": seconds for role, seconds in self.load_s.items()},
         }
         if self.scoring_s > 0:
             found["tokens_per_s"] = self.tokens / self.scoring_s
@@ -165,6 +192,7 @@ class Summary:
             + (
                 f"{self.tokens / self.scoring_s:,.0f} tokens/s while scoring" if self.tokens else ""
             ),
+            *([f"{'requests':<12}{self.resubmitted:>9,}   {RESUBMITTED}"] * (self.resubmitted > 0)),
             f"{'wall time':<12}{self.wall_s:>8,.0f}s   of it scoring {self.scoring_s:,.0f}s",
             "",
         ]
@@ -197,6 +225,7 @@ def summarize(
     tokens: int,
     scoring_s: float,
     load_s: Mapping[str, float],
+    resubmitted: int,
     wall_s: float,
 ) -> Summary:
     """Aggregate what a run committed.
@@ -211,6 +240,7 @@ def summarize(
         tokens: tokens read by the scoring models.
         scoring_s: seconds spent in waves.
         load_s: seconds that loading a model took, by role.
+        resubmitted: requests that engines sent their model again.
         wall_s: seconds since the start.
     """
     quantiles = list(QUANTILES)
@@ -277,6 +307,7 @@ def summarize(
         tokens=tokens,
         scoring_s=scoring_s,
         load_s=load_s,
+        resubmitted=resubmitted,
         wall_s=wall_s,
     )
 

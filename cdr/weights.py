@@ -176,7 +176,7 @@ def fetch(source: Source, *, verify: bool = False) -> Fetched:
     begin = time.monotonic()
     is_verified = False
     if source.revision is not None:
-        folder, bytes_copied = _fetch_snapshot(source, source.taken_files)
+        folder, bytes_copied = _fetch_snapshot(source, source.taken_files, is_patient=True)
         require_safetensors(list_names(str(folder)), source)
         verify = verify or bytes_copied > 0
     elif is_copied(source.path):
@@ -191,7 +191,7 @@ def fetch(source: Source, *, verify: bool = False) -> Fetched:
     return Fetched(str(folder), bytes_copied, time.monotonic() - begin, is_verified)
 
 
-def fetch_small_files(path: str, revision: str | None) -> Path:
+def fetch_small_files(path: str, revision: str | None, *, is_patient: bool = True) -> Path:
     """Bring config, tokenizer and chat template to this node; never weights.
 
     Cheap enough for the driver and for Python workers. What is behind a URI is copied again when
@@ -200,13 +200,14 @@ def fetch_small_files(path: str, revision: str | None) -> Path:
     Args:
         path: folder, URI or hub id.
         revision: commit hash of a hub id; None for all others.
+        is_patient: try again for a while where the hub cannot be reached; see `cdr.hub`.
 
     Raises:
         ModelError: the source cannot be had.
         SetupError: the cache cannot be written to.
     """
     if revision is not None:
-        return _fetch_snapshot(Source(path, revision), SMALL_FILES)[0]
+        return _fetch_snapshot(Source(path, revision), SMALL_FILES, is_patient=is_patient)[0]
     if not is_copied(path):
         list_names(path)
         return Path(path)
@@ -219,7 +220,9 @@ def fetch_small_files(path: str, revision: str | None) -> Path:
     return target
 
 
-def _fetch_snapshot(source: Source, patterns: tuple[str, ...]) -> tuple[Path, int]:
+def _fetch_snapshot(
+    source: Source, patterns: tuple[str, ...], *, is_patient: bool
+) -> tuple[Path, int]:
     """Give the folder of a hub id's files and the bytes that came.
 
     A finished snapshot is noted beside its lock, so that later calls ask the hub nothing.
@@ -234,7 +237,9 @@ def _fetch_snapshot(source: Source, patterns: tuple[str, ...]) -> tuple[Path, in
         if is_complete(note, folder):
             return folder, 0
         with logged_progress(str(source), partial(hub.count_bytes, source.path)) as count:
-            folder = hub.download_snapshot(source.path, source.revision, patterns)
+            folder = hub.download_snapshot(
+                source.path, source.revision, patterns, is_patient=is_patient
+            )
             bytes_copied = count()
         mark_complete(note, folder, _matching(list_names(str(folder)), patterns), str(source))
         return folder, bytes_copied

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(plan: SamplingPlan, warehouse: Warehouse, *, export: Path | None = None) -> int:
     """Carry a plan out; give the exit code."""
     with SamplingRun(plan, warehouse) as run:
-        function = make_generate(plan, run.counter)
+        function = make_generate(run.context.plan, run.counter)
         work = plan_samples(run.context)
         for wave in run.waves(work):
             run.committed(sample_wave(wave, work, run.context, function))

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from cdr.cli import FAILED, OK, end, make_parser, run_job
+from cdr.executors import settle_device
 from cdr.placement import place
 from cdr.registry import load_annotation_plan
 from cdr.session import get_session
@@ -38,10 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     plan = load_annotation_plan(args.config, args.set)
     spark = get_session("cdr warm-up")
+    device = settle_device(plan.config.run, plan.engines(), spark).device
     plan = place(plan, spark)
     engine_sets = plan_engine_sets(plan) if args.load else []
     loaded = [engine for engines in engine_sets for engine in engines.values()]
-    report = warm_up(spark, make_warm_up(plan_sources(plan), engine_sets), loaded)
+    report = warm_up(spark, make_warm_up(plan_sources(plan), engine_sets, device), loaded)
     print("\n".join(report.lines))
     print(f"{report.num_executors} executors answered, on {report.num_nodes} nodes")
     if report.num_failed:

@@ -130,6 +130,7 @@ def make_summary(names: tuple[str, ...], **changes: Any) -> Summary:
         "tokens": 90_000,
         "scoring_s": 300.0,
         "load_s": {"strong": 12.0, "weak": 11.0},
+        "resubmitted": 0,
         "wall_s": 400.0,
     }
     return Summary(**{**values, **changes})

@@ -52,7 +52,11 @@ def make_generate(
         if first is None:
             return  # an empty partition loads no model
         encoder = plan.load_encoder()
-        with task_engines([plan.engine], counter) as (client, _), counter.task() as count:
+        device = plan.config.run.device
+        with (
+            task_engines([plan.engine], device, counter) as (client, _),
+            counter.task() as count,
+        ):
             for batch in chain([first], batches):
                 for part in _requests(batch.to_pylist(), encoder, plan):
                     asked = [draw.request for draw in part if draw.request is not None]

@@ -20,7 +20,7 @@ def make_route(
 
     Args:
         plan: router model, texts and threshold.
-        run: `request_tokens` bounds a request.
+        run: `device` the router runs on; `request_tokens` bounds a request.
         counter: counts prompts, and tells the driver where the router was loaded.
 
     Returns:
@@ -33,7 +33,10 @@ def make_route(
         if first is None:
             return  # an empty partition loads no model
         router = PromptRouter(plan)
-        with task_engines([plan.engine], counter) as (client, _), counter.task() as count:
+        with (
+            task_engines([plan.engine], run.device, counter) as (client, _),
+            counter.task() as count,
+        ):
 
             def decide(frame: pd.DataFrame) -> pd.DataFrame:
                 routes = router.route(

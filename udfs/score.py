@@ -22,8 +22,8 @@ def make_score(
 
     Args:
         specs: the models of the wave; rows name them by `model_key`.
-        run: `request_tokens` bounds what one request asks of one model; `store_token_logprobs`
-            keeps every token's value.
+        run: `device` they run on; `request_tokens` bounds what one request asks of one model;
+            `store_token_logprobs` keeps every token's value.
         counter: counts tokens of all models, and prompts of one.
         counted: model key whose prompts are counted.
 
@@ -40,7 +40,10 @@ def make_score(
         first = next(frames, None)
         if first is None:
             return  # an empty partition loads no model
-        with task_engines(specs, counter) as (client, versions), counter.task() as count:
+        with (
+            task_engines(specs, run.device, counter) as (client, versions),
+            counter.task() as count,
+        ):
             for frame in _with_first(first, frames):
                 for request in cut_requests(_questions(frame), run.request_tokens):
                     answers = client.score_all(

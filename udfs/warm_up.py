@@ -15,7 +15,13 @@ import pandas as pd
 
 from cdr.engines.base import EngineSpec
 from cdr.engines.client import connect
-from cdr.engines.device import Device, claim_device, task_gpu_addresses, visible_cuda_devices
+from cdr.engines.device import (
+    Device,
+    DeviceChoice,
+    claim_device,
+    task_gpu_addresses,
+    visible_cuda_devices,
+)
 from cdr.engines.launch import host_environment
 from cdr.engines.owner import find_owner
 from cdr.errors import CdrError
@@ -24,13 +30,16 @@ from cdr.weights import Source
 
 
 def make_warm_up(
-    sources: Mapping[Source, str], engine_sets: Sequence[Mapping[str, EngineSpec]]
+    sources: Mapping[Source, str],
+    engine_sets: Sequence[Mapping[str, EngineSpec]],
+    choice: DeviceChoice,
 ) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     """Make the function for `DataFrame.mapInPandas`.
 
     Args:
         sources: what to fetch, with the roles that need it.
         engine_sets: sets of engines to load, one after the other, by role.
+        choice: which kind of device, as `cdr.executors` has settled it.
 
     Returns:
         A function over frames of any columns; it yields `cdr.warm_up.WARM_UP_DDL` rows, one per
@@ -45,7 +54,11 @@ def make_warm_up(
             pass
         owner = find_owner()
         with claim_device(
-            task_gpu_addresses(), visible_cuda_devices(), owner, num_gpus=num_gpus
+            task_gpu_addresses(),
+            visible_cuda_devices(),
+            owner,
+            num_gpus=num_gpus,
+            choice=choice,
         ) as device:
             place = (socket.gethostname(), f"{owner.pid}-{owner.start}", str(device))
             answers = [_fetch(place, source, roles) for source, roles in sources.items()]

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from cdr.engines.base import EngineSpec
 from cdr.engines.client import EngineClient, HostStatus, connect
-from cdr.engines.device import Device, claim_device, task_gpu_addresses, visible_cuda_devices
+from cdr.engines.device import (
+    Device,
+    DeviceChoice,
+    claim_device,
+    task_gpu_addresses,
+    visible_cuda_devices,
+)
 
 
 @dataclass(frozen=True)
@@ -25,20 +31,23 @@ class HeldEngines:
 
 
 @contextlib.contextmanager
-def hold_engines(specs: Sequence[EngineSpec]) -> Iterator[HeldEngines]:
+def hold_engines(
+    specs: Sequence[EngineSpec], choice: DeviceChoice = "auto"
+) -> Iterator[HeldEngines]:
     """Hold this task's device, or this machine's outside of Spark, with a set of engines loaded.
 
     Args:
         specs: the engines needed, at least one; others on the device are closed.
+        choice: which kind of device; see `claim_device`.
 
     Raises:
         EngineError: the host or an engine cannot be started; the message has its log's tail.
-        SetupError: there are fewer GPUs than an engine's tensor parallelism needs.
+        SetupError: there are fewer GPUs than the engines need.
     """
     num_gpus = max(spec.tensor_parallel for spec in specs)
     addresses, visible = task_gpu_addresses(), visible_cuda_devices()
     with (
-        claim_device(addresses, visible, num_gpus=num_gpus) as device,
+        claim_device(addresses, visible, num_gpus=num_gpus, choice=choice) as device,
         connect(device) as client,
     ):
         yield HeldEngines(client, device, client.set_engines(specs))

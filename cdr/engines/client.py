@@ -77,7 +77,12 @@ class _HostDied(Exception):  # noqa: N818 - an event the client handles, not an 
 
 
 class EngineClient:
-    """Asks the engines of one device; see `connect`."""
+    """Asks the engines of one device; see `connect`.
+
+    Attributes:
+        num_resubmitted: requests that engines had to send their model again (vLLM's without its
+            prefix cache), for all that this client asked.
+    """
 
     def __init__(self, device: Device, options: HostOptions) -> None:
         self._device, self._options = device, options
@@ -85,6 +90,7 @@ class EngineClient:
         self._connection: socket.socket | None = None
         self._specs: tuple[EngineSpec, ...] = ()
         self._deaths_in_a_row = 0
+        self.num_resubmitted = 0
 
     def __enter__(self) -> Self:
         return self
@@ -204,6 +210,7 @@ class EngineClient:
             if reply is None:
                 return [None] * len(part)
             died = reply[0]["died"]
+            self.num_resubmitted += reply[0]["resubmitted"]
             self._deaths_in_a_row = self._deaths_in_a_row + 1 if died else 0
             outcomes = decode(reply, groups)
             return [

@@ -1,5 +1,7 @@
 """Which device a task may use: Spark's addresses, else a claimed CUDA device, else the CPU.
 
+The CPU only where it may be meant: on one machine, or because the config says so.
+
 Spark hands GPU addresses to tasks, not to Python workers, and sets no CUDA_VISIBLE_DEVICES. Where
 it hands out none (single node, no GPU scheduling), tasks share the machine's devices by file locks,
 and a device belongs to the executor that took it first for as long as that executor lives: its
@@ -15,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import stat
 import tempfile
 import time
@@ -25,6 +28,9 @@ from typing import Literal
 
 from cdr.engines.owner import Owner, find_owner
 from cdr.errors import SetupError
+
+DeviceChoice = Literal["auto", "gpu", "cpu"]
+"""What engines run on: GPUs, else the CPU; GPUs; the CPU."""
 
 _CLAIM_POLL_S = 0.25
 _FOREIGN_GRACE_S = 10.0  # an executor that is being replaced may need this long to end
@@ -81,6 +87,7 @@ def claim_device(
     owner: Owner | None = None,
     *,
     num_gpus: int = 1,
+    choice: DeviceChoice = "auto",
     lock_folder: Path | None = None,
 ) -> Iterator[Device]:
     """Hold a device for the life of a task.
@@ -91,16 +98,19 @@ def claim_device(
             gave nothing; waits until enough of them are free.
         owner: this task's executor; None finds it (`find_owner`).
         num_gpus: GPUs that the task needs, more than one for tensor parallelism.
+        choice: `gpu` refuses the CPU, `cpu` takes it whatever GPUs there are.
         lock_folder: where the locks are; None for one folder per user and machine, shared by all
             executors.
 
     Yields:
-        The device; the CPU, shared by all tasks, where there is nothing else.
+        The device; the CPU is shared by all tasks.
 
     Raises:
         SetupError: fewer GPUs than needed are here, or other executors hold them.
     """
-    if addresses:
+    if choice == "cpu":
+        yield Device("cpu")
+    elif addresses:
         if len(set(addresses)) < num_gpus:
             raise SetupError(
                 f"tensor_parallel needs {num_gpus} GPUs, but Spark gave this task "
@@ -123,8 +133,22 @@ def claim_device(
             with _lock(folder / "gate"):
                 claimed = _claim_when_free(claim, folder, visible, owner or find_owner(), num_gpus)
             yield Device("cuda", tuple(sorted(claimed)))
+    elif choice == "gpu":
+        raise miss_gpu(f"{socket.gethostname()}: no GPU given by Spark, none in /dev")
     else:
         yield Device("cpu")
+
+
+def miss_gpu(where: str) -> SetupError:
+    """Make the error of models that would run on a CPU without being told to, for hours."""
+    return SetupError(
+        "there is no GPU for the models, and run.device does not say that the CPU is meant",
+        where=where,
+        fix="use executors with GPUs, and let Spark give them out: "
+        "spark.executor.resource.gpu.amount=1, spark.task.resource.gpu.amount=1 and "
+        "spark.executor.resource.gpu.discoveryScript, for which there is "
+        "conf/cluster/gpu-discovery.sh; to run the models on CPUs, set run.device to cpu",
+    )
 
 
 def make_private_folder(folder: Path) -> None:

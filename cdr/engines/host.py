@@ -169,12 +169,12 @@ class EngineHost:
                     return self._status(), None
                 case "score":
                     self._begin(connection, head)
-                    scores, died = self._answer_all(score, head, wire.decode_groups(payload))
-                    return {"died": died}, wire.encode_scores(scores)
+                    scores, told = self._answer_all(score, head, wire.decode_groups(payload))
+                    return told, wire.encode_scores(scores)
                 case "generate":
                     self._begin(connection, head)
-                    samples, died = self._answer_all(generate, head, wire.decode_requests(payload))
-                    return {"died": died}, wire.encode_samples(samples)
+                    samples, told = self._answer_all(generate, head, wire.decode_requests(payload))
+                    return told, wire.encode_samples(samples)
                 case op:
                     raise ValueError(f"no such request: {op}")
         except ConnectionError:
@@ -192,7 +192,7 @@ class EngineHost:
         ask: Callable[[LogprobEngine, list[Group]], list[list[Outcome[Value]]]],
         head: Head,
         groups: Sequence[Group],
-    ) -> tuple[list[list[Outcome[Value]]], list[str]]:
+    ) -> tuple[list[list[Outcome[Value]]], Head]:
         """Ask each engine of a request its share of the groups, side by side where they can.
 
         Args:
@@ -201,11 +201,13 @@ class EngineHost:
             groups: of all engines, each with at least one item.
 
         Returns:
-            One list per group, one outcome per item, and the engines that died: the outcomes of
-            theirs mean nothing, and whoever needs them next loads them again.
+            One list per group, one outcome per item, and the head of the reply. Its `died` are the
+            engines that did: the outcomes of theirs mean nothing, and whoever needs them next loads
+            them again. `resubmitted` counts what engines had to ask their models again.
         """
         names = [name for name, _ in head["asked"]]
         engines = [self._loaded[name].engine for name in names]
+        resubmitted = -sum(map(_count_resubmitted, engines))
         left = iter(groups)
         parts = [list(islice(left, size)) for _, size in head["asked"]]
         answer_one = partial(self._answer_or_bury, ask)
@@ -214,13 +216,14 @@ class EngineHost:
         else:
             answers = list(map(answer_one, engines, parts))
         died = [name for name, part in zip(names, answers, strict=True) if part is None]
+        resubmitted += sum(map(_count_resubmitted, engines))
         nothing = Outcome[Value](None, FailReason.ENGINE_DIED_TWICE)
         outcomes = [
             outcome
             for part, groups_of_one in zip(answers, parts, strict=True)
             for outcome in part or [[nothing] * wire.num_items(group) for group in groups_of_one]
         ]
-        return outcomes, died
+        return outcomes, {"died": died, "resubmitted": resubmitted}
 
     def _answer_or_bury(
         self,
@@ -360,6 +363,11 @@ def answer(
         return [[outcome for half in halves for outcome in answer(ask, [half])[0]]]
     _log.error("one completion failed: %s", detail)
     return [[Outcome(None, FailReason.ENGINE_ERROR, detail)]]
+
+
+def _count_resubmitted(engine: LogprobEngine) -> int:
+    # Only vLLM gives answers that have to be asked for again.
+    return getattr(engine, "num_resubmitted", 0)
 
 
 def kill_session() -> NoReturn:

@@ -10,6 +10,7 @@ slow engines, bad numbers and dying processes:
     is_concurrent       true: may be asked beside other engines of its process
     has_child           true: depends on a child process in a session of its own, as vLLM does
     kill_child_token    token id that kills that child (SIGKILL) when a completion holds it
+    resubmit_token      token id whose completions count as sent again, as vLLM sends some
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cdr.errors import EngineDied, ModelError
 
 _KNOBS = {
     *("delay_s_per_token", "nan_token", "kill_token"),
-    *("is_concurrent", "has_child", "kill_child_token"),
+    *("is_concurrent", "has_child", "kill_child_token", "resubmit_token"),
 }
 _MAX_TOKEN_ID = 255  # sampled ids stay small, so that any vocabulary can decode them
 _MULTIPLIER = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio, odd: multiplication permutes 64-bit words
@@ -63,6 +64,8 @@ class StubEngine:
         self._nan_token: int | None = knobs.get("nan_token")
         self._kill_token: int | None = knobs.get("kill_token")
         self._kill_child_token: int | None = knobs.get("kill_child_token")
+        self._resubmit_token: int | None = knobs.get("resubmit_token")
+        self.num_resubmitted = 0
         self.is_concurrent = bool(knobs.get("is_concurrent", False))
         self._child: subprocess.Popen[bytes] | None = None
         if knobs.get("has_child") or self._kill_child_token is not None:
@@ -89,6 +92,7 @@ class StubEngine:
     def _score(self, seed: int, completion_ids: tuple[int, ...]) -> TokenLogprobs:
         if self._kill_token in completion_ids:
             os.kill(os.getpid(), signal.SIGKILL)
+        self.num_resubmitted += self._resubmit_token in completion_ids
         if self._child is not None:
             if self._kill_child_token in completion_ids:
                 self._child.kill()

@@ -11,7 +11,7 @@ from cdr.report.html import SUBMIT, Plot, render, show_number
 from cdr.report.pairs import ShownPair
 from cdr.report.plots import draw_histogram, draw_lengths
 from cdr.report.reward_text import RewardText, reward_facts
-from cdr.summary import DomainSummary
+from cdr.summary import RESUBMITTED, DomainSummary
 from cdr.tracking import redact
 
 
@@ -90,6 +90,11 @@ def _came(data: AnnotationData) -> Iterator[tuple[str, str]]:
             f"{summary.prompts / summary.scoring_s:,.2g} prompts/s"
         )
     yield "scoring", f"{summary.tokens:,} tokens in {summary.scoring_s:,.0f} s{speed}"
+    if summary.resubmitted:
+        yield "requests", f"{summary.resubmitted:,} {RESUBMITTED}"
+    if summary.load_s:
+        loads = (f"{role} {seconds:,.0f} s" for role, seconds in sorted(summary.load_s.items()))
+        yield "loading, on the slowest host", ", ".join(loads)
     yield "wall time", f"{summary.wall_s:,.0f} s"
     yield "engine", ", ".join(data.engine_versions) or "–"
     if data.run.error:

@@ -42,7 +42,7 @@ def make_task(
         import os
 
         ids = [int(value) for frame in frames for value in frame["id"]]
-        with task_engines(specs, counter) as (client, _):
+        with task_engines(specs, "gpu", counter) as (client, _):
             groups = [ScoringGroup((value, 1), ((2,) * tokens,)) for value in ids]
             found = client.score_all({spec.name: groups for spec in specs})
             if stage == "fails":

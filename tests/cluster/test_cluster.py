@@ -197,7 +197,7 @@ def test_an_executor_killed_in_a_wave_costs_only_time_with_dynamic_allocation(
         code, output = job.end(process, timeout_s=600)
     assert code == 0, output
     assert_complete(job)
-    told = r"loaded \w+ in [\d.]+ s on \S+ (cuda:\d) \(engine host (\d+)\)"
+    told = r"loaded [^\n]+ in [\d.]+ s on \S+ (cuda:\d) \(engine host (\d+)\)"
     loads = set(re.findall(told, output))
     assert {device for device, _ in loads} <= {f"cuda:{i}" for i in range(4)}
     assert len(loads) >= 2

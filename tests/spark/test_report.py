@@ -111,7 +111,7 @@ def run(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Run:
     frames = {t: warehouse.read(t) for t in (REWARDS, PREFERENCES, REJECTS, UNPAIRED)}
     summary = summarize(
         frames[REWARDS], frames[REJECTS], frames[PREFERENCES], frames[UNPAIRED],
-        asked=0, scored=0, tokens=0, scoring_s=0, load_s={}, wall_s=0,
+        asked=0, scored=0, tokens=0, scoring_s=0, load_s={}, resubmitted=0, wall_s=0,
     )  # fmt: skip
     rows = RunRows(frames[REWARDS], frames[PREFERENCES], frames[REJECTS])
     record = RunRecord(**row)

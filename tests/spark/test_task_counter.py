@@ -77,12 +77,14 @@ def test_the_slowest_host_says_how_long_an_engine_took_to_load(spark: SparkSessi
                 # Tasks that come later to a host find the same engine with the same number.
                 weak = EngineLoad("node", "cuda:0", 100, "weak", 7.5)
                 counter.add_loads([strong, weak])
+                counter.add_resubmitted(task)
             yield batch
 
     assert slowest_loads(counter.engine_loads()) == {}
     spark.range(3, numPartitions=3).mapInPandas(load, "id long").collect()
     assert len(counter.engine_loads()) == 4
     assert slowest_loads(counter.engine_loads()) == {"strong": 32.0, "weak": 7.5}
+    assert counter.num_resubmitted() == 0 + 1 + 2
 
 
 def test_the_folder_goes_away_with_the_counter(spark: SparkSession) -> None:

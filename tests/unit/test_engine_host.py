@@ -604,7 +604,19 @@ def test_sparks_addresses_are_one_device_whatever_their_order(tmp_path: Path) ->
         assert device == Device("cuda", ("1", "3"))
     with claim_device([], [], ME, lock_folder=locks) as device:
         assert device == Device("cpu")
-    assert not locks.exists()  # neither needs a lock
+    with claim_device(["3"], ["3"], ME, choice="cpu", lock_folder=locks) as device:
+        assert device == Device("cpu")
+    with claim_device(["3"], [], ME, choice="gpu", lock_folder=locks) as device:
+        assert device == Device("cuda", ("3",))
+    assert not locks.exists()  # none needs a lock
+
+
+def test_a_task_that_was_to_have_a_gpu_is_refused_without_one_by_the_settings_to_change() -> None:
+    with pytest.raises(SetupError) as refused, claim_device([], [], ME, choice="gpu"):
+        pass
+    assert socket.gethostname() in str(refused.value)
+    for name in ("executor.resource.gpu.amount", "conf/cluster/gpu-discovery.sh", "run.device"):
+        assert name in str(refused.value.fix)
 
 
 def test_more_gpus_than_a_task_has_are_refused_by_the_setting_to_change(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A stage asks for the GPUs its engines need, where Spark's own setting says something else."""
+"""What a run's engines need of its executors, and how a stage asks Spark for it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,42 @@ from typing import Any
 
 import pytest
 
+from cdr.config import JobSpec
+from cdr.engines import vllm_setup
 from cdr.engines.base import EngineSpec
-from cdr.errors import SetupError
+from cdr.engines.device import DeviceChoice
+from cdr.errors import ModelError, SetupError
+from cdr.executors import settle_device
 from cdr.gpus import task_gpus
 
 
-def ask(
-    tensor_parallel: int, per_executor: str | None, per_task: str | None, **spark: str
-) -> dict[str, Any]:
+def make_session(
+    per_executor: str | None,
+    per_task: str | None,
+    *,
+    master: str = "yarn",
+    version: str = "3.5.1",
+    seen: tuple[str, ...] = (),
+) -> Any:
+    """A session with these settings, whose executors see these GPUs."""
     amounts = {
         "spark.executor.resource.gpu.amount": per_executor,
         "spark.task.resource.gpu.amount": per_task,
     }
     conf = {key: value for key, value in amounts.items() if value is not None}
+    answer = SimpleNamespace(first=lambda: seen)
     context = SimpleNamespace(
-        master=spark.get("master", "yarn"), getConf=lambda: SimpleNamespace(get=conf.get)
+        master=master,
+        getConf=lambda: SimpleNamespace(get=conf.get),
+        parallelize=lambda rows, slices: SimpleNamespace(map=lambda function: answer),
     )
-    session: Any = SimpleNamespace(sparkContext=context, version=spark.get("version", "3.5.1"))
+    return SimpleNamespace(sparkContext=context, version=version)
+
+
+def ask(
+    tensor_parallel: int, per_executor: str | None, per_task: str | None, **spark: str
+) -> dict[str, Any]:
+    session = make_session(per_executor, per_task, **spark)  # type: ignore[arg-type]
     wide = EngineSpec("b", "stub", "", tensor_parallel=tensor_parallel)
     return task_gpus(session, [EngineSpec("a", "stub", ""), wide])
 
@@ -60,3 +79,43 @@ def test_more_gpus_than_an_executor_has_are_refused_on_any_spark(version: str) -
 
 def test_one_machine_has_no_executors_to_ask() -> None:
     assert ask(2, "4", "1", master="local[2,3]", version="4.2.0") == {}
+
+
+def settle(session: Any, choice: DeviceChoice = "auto", engine: str = "transformers") -> str:
+    return settle_device(JobSpec(device=choice), [EngineSpec("a", engine, "")], session).device
+
+
+def test_a_cluster_without_gpus_is_refused_before_any_work_unless_its_cpus_are_meant() -> None:
+    bare = make_session(None, None)
+    for choice in ("auto", "gpu"):
+        with pytest.raises(SetupError, match="no GPU for the models") as refused:
+            settle(bare, choice)  # type: ignore[arg-type]
+        assert "spark.executor.resource.gpu.amount" in str(refused.value.where)
+    assert settle(bare, "cpu") == "cpu"
+    assert settle(bare, engine="api") == "auto"  # asks nothing of the executors
+    # Tasks then insist on the GPU that Spark gives, or that they claim of their machine.
+    assert settle(make_session("1", "1")) == "gpu"
+    assert settle(make_session(None, None, seen=("0", "1"))) == "gpu"
+
+
+def test_one_machine_may_use_its_cpu_unless_a_gpu_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    laptop = make_session(None, None, master="local[2,3]")
+    monkeypatch.setattr("cdr.executors.visible_cuda_devices", lambda: ())
+    assert [settle(laptop, choice) for choice in ("auto", "cpu")] == ["auto", "cpu"]
+    with pytest.raises(SetupError, match="no GPU for the models"):
+        settle(laptop, "gpu")
+    monkeypatch.setattr("cdr.executors.visible_cuda_devices", lambda: ("0",))
+    assert settle(laptop, "gpu") == "gpu"
+
+
+def test_a_missing_vllm_is_told_on_one_machine_and_left_to_the_executors_of_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_setup, "_read_version", lambda: None)
+    laptop = make_session(None, None, master="local[2]")
+    with pytest.raises(ModelError, match="vLLM is not installed here"):
+        settle(laptop, engine="vllm")
+    assert settle(laptop, engine="transformers") == "auto"
+    assert settle(make_session("1", "1"), engine="vllm") == "gpu"

@@ -213,6 +213,44 @@ def test_a_hub_that_cannot_be_reached_is_told_from_one_that_refuses(tmp_path: Pa
     assert "HTTPS_PROXY" in answer["error"]
 
 
+def test_a_plan_finds_out_once_that_the_hub_is_out_of_reach(
+    hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    program = (
+        "import sys, time\n"
+        "from huggingface_hub import HfApi\n"
+        "from cdr.errors import CdrError\n"
+        "from cdr.weights import fetch_small_files\n"
+        "look_up, asked = HfApi.repo_info, []\n"
+        "HfApi.repo_info = lambda *a, **k: (asked.append(a[1]), look_up(*a, **k))[1]\n"
+        "time.sleep = lambda seconds: sys.exit('the client waits')\n"
+        "for repo in sys.argv[1:]:\n"
+        "    try:\n"
+        f"        print(fetch_small_files(repo, {COMMIT!r}, is_patient=False).name)\n"
+        "    except CdrError as error:\n"
+        "        print(error.what)\n"
+        "print(asked)\n"
+    )
+
+    def plan(endpoint: str, *repos: str, **more: str) -> tuple[list[str], str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *repos],
+            env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint,
+                 "CDR_CACHE": str(tmp_path / "cache"), **more},
+            capture_output=True, text=True, timeout=100, check=True,
+        )  # fmt: skip
+        return done.stdout.splitlines(), done.stderr
+
+    lost = "http://127.0.0.1:9"
+    lines, log = plan(lost, "acme/model", "acme/other")
+    assert all(line.startswith(f"{lost} cannot be reached (ConnectError)") for line in lines[:2])
+    assert ["'acme/model'" in lines[0], "'acme/other'" in lines[1]] == [True, True]
+    assert (lines[2], log) == ("['acme/model']", "")
+    # What was downloaded before does; nothing of ours says that it is complete.
+    assert plan(hub[0], "acme/model")[0][0] == COMMIT
+    assert plan(lost, "acme/model", CDR_CACHE=str(tmp_path / "new"))[0][0] == COMMIT
+
+
 def test_a_disk_without_room_is_seen_before_the_download(
     hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:

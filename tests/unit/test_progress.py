@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cdr.engines.base import EngineSpec
+from cdr.job_run import name_engines
 from cdr.progress import Counts, EngineLoad, Progress, TaskCount, is_one_machine
 
 
@@ -39,7 +42,8 @@ def make_progress(
     source: Source, clock: Clock, stream: io.StringIO, total_tokens: int = 40_000
 ) -> Progress:
     total = Counts(prompts=1000, tokens=total_tokens)
-    return Progress(total, source, label="strong", stream=stream, clock=clock)
+    names = {"0f": "strong, router (a-model + adapter)"}
+    return Progress(total, source, label="strong", names=names, stream=stream, clock=clock)
 
 
 def test_a_line_says_how_far_how_fast_and_how_long() -> None:
@@ -139,14 +143,25 @@ def test_a_task_on_a_cluster_writes_no_file(
 def test_each_load_of_an_engine_is_told_once() -> None:
     source, clock, stream = Source(), Clock(), io.StringIO()
     progress = make_progress(source, clock, stream)
-    source.loads = frozenset({EngineLoad("node1", "cuda:0", 12, "strong", 31.24)})
+    source.loads = frozenset({EngineLoad("node1", "cuda:0", 12, "0f", 31.24)})
     progress.refresh()
-    source.loads |= {EngineLoad("node2", "cuda:1", 13, "strong", 30.0)}
+    source.loads |= {EngineLoad("node2", "cuda:1", 13, "1e", 30.0)}
     progress.refresh()
     assert [line for line in stream.getvalue().splitlines() if line.startswith("loaded")] == [
-        "loaded strong in 31.2 s on node1 cuda:0 (engine host 12)",
-        "loaded strong in 30.0 s on node2 cuda:1 (engine host 13)",
+        "loaded strong, router (a-model + adapter) in 31.2 s on node1 cuda:0 (engine host 12)",
+        "loaded 1e in 30.0 s on node2 cuda:1 (engine host 13)",
     ]
+
+
+def test_an_engine_is_named_by_its_roles_and_the_last_part_of_its_path() -> None:
+    weak = EngineSpec("0f", "vllm", "warehouse/demo/smollm2-135m/")
+    strong = replace(weak, name="1e", adapter_path="conf/models/dpo")
+    hub = EngineSpec("2d", "vllm", "mistralai/Mixtral-8x7B-v0.1", revision="4" * 40)
+    assert name_engines({"strong": strong, "weak": weak, "router": strong, "judge": hub}) == {
+        "1e": "strong, router (smollm2-135m + adapter)",
+        "0f": "weak (smollm2-135m)",
+        "2d": "judge (Mixtral-8x7B-v0.1)",
+    }
 
 
 @pytest.mark.parametrize(

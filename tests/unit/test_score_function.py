@@ -16,10 +16,12 @@ from cdr.engines.base import EngineSpec, ScoringGroup
 from cdr.engines.client import EngineClient, connect
 from cdr.engines.device import Device
 from cdr.engines.stub import StubEngine
+from cdr.errors import SetupError
 from cdr.progress import Counts, EngineLoad
 from udfs.score import make_score
 
-SPECS = tuple(EngineSpec(name, "stub", "") for name in ("strong", "weak"))
+RESUBMITS = '{"resubmit_token": 1}'
+SPECS = tuple(EngineSpec(name, "stub", "", extra=RESUBMITS) for name in ("strong", "weak"))
 
 
 class Counter:
@@ -28,6 +30,7 @@ class Counter:
     def __init__(self) -> None:
         self.counts = Counts()
         self.loads: set[EngineLoad] = set()
+        self.resubmitted = 0
 
     @contextlib.contextmanager
     def task(self) -> Iterator[Any]:
@@ -38,6 +41,9 @@ class Counter:
 
     def add_loads(self, loads: Any) -> None:
         self.loads |= set(loads)
+
+    def add_resubmitted(self, requests: int) -> None:
+        self.resubmitted += requests
 
 
 def make_frame(prompts: int) -> pd.DataFrame:
@@ -107,3 +113,20 @@ def test_the_driver_learns_what_was_loaded_where(
         ("cpu", "weak"),
     }
     assert len({load.host_pid for load in counter.loads}) == 1
+    # One of two completions of each model; a later task on the same host adds its own only.
+    assert counter.resubmitted == 2
+    assert sum(map(len, function(iter([make_frame(3)])))) == 12
+    assert counter.resubmitted == 2 + 6
+
+
+def test_a_cluster_without_gpus_is_refused_and_a_cpu_that_is_meant_is_taken(
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdr.engines.access.visible_cuda_devices", lambda: ())
+    function = make_score(SPECS, RunSpec(device="gpu"), counter, "strong")  # type: ignore[arg-type]
+    with pytest.raises(SetupError, match="no GPU for the models"):
+        next(function(iter([make_frame(1)])))
+    monkeypatch.setattr("cdr.engines.access.visible_cuda_devices", lambda: ("0",))
+    function = make_score(SPECS, RunSpec(device="cpu"), counter, "strong")  # type: ignore[arg-type]
+    assert sum(map(len, function(iter([make_frame(1)])))) == 4
+    assert {load.device for load in counter.loads} == {"cpu"}

@@ -43,6 +43,7 @@ from cdr.tables import (
     VERDICTS,
 )
 from cdr.tracking import RunTracker
+from cdr.verdicts import JudgeCost
 from cdr.warehouse import Warehouse
 
 
@@ -116,12 +117,13 @@ class EvaluationRun(ScoringRun):
             "logprobs_scored": now,
             "tokens": work.tokens,
         }
-        self._conclude(shares, {**report.counts(), **scoring})
+        cost = JudgeCost.read(self.context)
+        self._conclude(shares, {**report.counts(), **scoring, **cost.counts()})
         spent_s = {
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
-        self._tracker.log_summary({**report.metrics(), **scoring, **spent_s})
+        self._tracker.log_summary({**report.metrics(), **scoring, **spent_s, **cost.metrics()})
         title = f"{plan.title} on {plan.annotation.dataset}"
         if self.mlflow_run_id is not None:
             with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +142,9 @@ class EvaluationRun(ScoringRun):
         )
         for warning in report.warnings():
             print(f"warning: {warning}")
-        self._say_cost()
+        if cost.questions:
+            print(cost.render())
+        self._warn_of_lost_letters()
         self._warn_of_mixed_versions()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")

@@ -7,7 +7,7 @@ Every model is pinned: by a commit of the hub, a checksum, or the content of its
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,6 +23,13 @@ EngineName = Literal["transformers", "vllm", "classifier", "api", "stub"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _CHECKSUM = re.compile(r"^[0-9a-f]{64}$")
+# Keys of a model that is loaded here, one behind an API has none of them.
+_OF_OWN_MODELS = (
+    "revision", "checksum", "adapter", "adapter_revision", "adapter_checksum", "tuned_from",
+    "dtype", "head_dtype", "max_length", "batch_tokens",
+)  # fmt: skip
+_OWN_FIELDS = {"messages", "model", "stream"}
+"""Of a request to an endpoint: those that a judge fills in, and the shape of the answer."""
 
 
 class ApiSpec(Spec):
@@ -121,7 +128,9 @@ class ModelSpec(Spec):
     )
     api: ApiSpec | None = Field(None, description="The endpoint of engine `api`.")
     extra: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments for the engine, passed as they are."
+        default_factory=dict,
+        description="Further arguments for the engine, passed as they are. Of engine `api` fields "
+        "of the request's body; null takes one of ours away (`max_tokens`, `temperature`).",
     )
 
     def is_hub_id(self) -> bool:
@@ -143,8 +152,8 @@ class ModelSpec(Spec):
             for key, (is_given, engine) in given.items()
             if is_given and self.engine != engine
         ]
-        if self.engine == "api" and self.api is None:
-            problems.append("api: engine 'api' needs it")
+        if self.engine == "api":
+            problems += self._api_problems()
         if self.engine == "classifier" and self.adapter is not None:
             problems.append("adapter: engine 'classifier' takes none; merge it into the weights")
         if self.custom_code and self.revision is None and self.checksum is None:
@@ -155,6 +164,16 @@ class ModelSpec(Spec):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _api_problems(self) -> Iterator[str]:
+        if self.api is None:
+            yield "api: engine 'api' needs it"
+        for key in _OF_OWN_MODELS:
+            # Compared by value: a config that was written out whole has the defaults too.
+            if getattr(self, key) != type(self).model_fields[key].default:
+                yield f"{key}: means nothing to an endpoint; leave it out for engine 'api'"
+        for key in sorted(_OWN_FIELDS & self.extra.keys()):
+            yield f"extra: '{key}' of a request is not the config's to set"
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -345,7 +364,12 @@ class RewardSpec(Spec):
     @property
     def is_asked_by_api(self) -> bool:
         """Whether the reward is a judge behind an API, which gives verdicts and no log-probs."""
-        return self.is_judge and self.models["judge"].engine == "api"
+        return self.judge_api is not None
+
+    @property
+    def judge_api(self) -> ApiSpec | None:
+        """The endpoint of a judge behind an API; None for any other reward."""
+        return self.models["judge"].api if self.is_judge else None
 
     @property
     def is_per_token(self) -> bool:

@@ -141,8 +141,11 @@ class ApiJudge:
         if self._ended is not None:
             # A key may stand in what an endpoint says of it.
             said = self._ended.message.replace(self._key, "...")[:_MESSAGE_CHARS]
-            answered = f"the endpoint answered {self._ended.status} for model '{self._model}'"
-            raise refuses_everything(f"{answered}: {said}" if said else answered, self._api)
+            words = said and f": {said}"
+            raise refuses_everything(
+                f"the endpoint answered {self._ended.status} for model '{self._model}'{words}",
+                self._api,
+            )
 
     def _ask(self, question: str) -> Verdict:
         import requests

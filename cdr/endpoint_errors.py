@@ -43,7 +43,7 @@ _RUN_NAMES = frozenset(
 _RUN_WORDS = (
     "credit balance", "usage limits", "api key", "valid model",
     "unsupported parameter", "unrecognized request argument", "extra inputs are not permitted",
-    "max_tokens",
+    "deprecated for this model", "max_tokens",
 )  # fmt: skip
 
 

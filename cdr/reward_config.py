@@ -7,7 +7,7 @@ Every model is pinned: by a commit of the hub, a checksum, or the content of its
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,12 +23,12 @@ EngineName = Literal["transformers", "vllm", "classifier", "api", "stub"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _CHECKSUM = re.compile(r"^[0-9a-f]{64}$")
-# Keys of a model that is loaded here, one behind an API has none of them.
-_OF_OWN_MODELS = (
+# Keys of a model that is loaded here; one behind an API has none of them.
+_OF_LOADED_MODELS = (
     "revision", "checksum", "adapter", "adapter_revision", "adapter_checksum", "tuned_from",
     "dtype", "head_dtype", "max_length", "batch_tokens",
 )  # fmt: skip
-_OWN_FIELDS = {"messages", "model", "stream"}
+_OF_REQUESTS = {"messages", "model", "stream"}
 """Of a request to an endpoint: those that a judge fills in, and the shape of the answer."""
 
 
@@ -152,8 +152,8 @@ class ModelSpec(Spec):
             for key, (is_given, engine) in given.items()
             if is_given and self.engine != engine
         ]
-        if self.engine == "api":
-            problems += self._api_problems()
+        if self.engine == "api" and self.api is None:
+            problems.append("api: engine 'api' needs it")
         if self.engine == "classifier" and self.adapter is not None:
             problems.append("adapter: engine 'classifier' takes none; merge it into the weights")
         if self.custom_code and self.revision is None and self.checksum is None:
@@ -165,15 +165,23 @@ class ModelSpec(Spec):
             raise ValueError("\n".join(problems))
         return self
 
-    def _api_problems(self) -> Iterator[str]:
-        if self.api is None:
-            yield "api: engine 'api' needs it"
-        for key in _OF_OWN_MODELS:
-            # Compared by value: a config that was written out whole has the defaults too.
-            if getattr(self, key) != type(self).model_fields[key].default:
-                yield f"{key}: means nothing to an endpoint; leave it out for engine 'api'"
-        for key in sorted(_OWN_FIELDS & self.extra.keys()):
-            yield f"extra: '{key}' of a request is not the config's to set"
+    @model_validator(mode="after")
+    def _endpoint_has_it(self) -> Self:
+        if self.engine != "api":
+            return self
+        problems = [
+            f"{key}: means nothing to an endpoint; leave it out for engine 'api'"
+            for key in _OF_LOADED_MODELS
+            # By value: a config that was written out whole has the defaults too.
+            if getattr(self, key) != type(self).model_fields[key].default
+        ]
+        problems += [
+            f"extra: '{key}' of a request is not the config's to set"
+            for key in sorted(_OF_REQUESTS & self.extra.keys())
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:

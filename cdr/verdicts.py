@@ -148,8 +148,9 @@ def ask_wave(
     if result.failed:
         ended = run.staging.read(staged_as).where("ends_run IS NOT NULL").first()
         if ended is not None:
-            kept = f"{result.committed:,} answers of this wave are kept"
-            raise refuses_everything(f"{ended.ends_run} ({kept})", api)
+            raise refuses_everything(
+                f"{ended.ends_run} ({result.committed:,} of this wave's answers are kept)", api
+            )
     return result
 
 

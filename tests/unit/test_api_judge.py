@@ -15,6 +15,7 @@ import pytest
 from cdr.api_judge import ApiJudge, Verdict
 from cdr.errors import FailReason, ModelError, RejectReason, SetupError
 from cdr.reward_config import ApiSpec
+from cdr.verdicts import JudgeCost
 from tests.chat_endpoint import Reply, say, serve
 
 
@@ -102,6 +103,17 @@ def test_a_verdicts_price_is_of_the_tokens_that_the_endpoint_counted() -> None:
     api = make_api(endpoint.base_url, prompt_price=10, answer_price=30)
     assert verdict.cost_usd(api) == pytest.approx((10 * 10 + 2 * 30) / 1e6)
     assert verdict.cost_usd(make_api(endpoint.base_url)) is None
+
+
+def test_a_price_that_is_known_of_a_part_says_so() -> None:
+    whole = JudgeCost(3, 30, 6, priced=3, cost_usd=0.25)
+    part = JudgeCost(3, 20, 4, priced=2, cost_usd=0.25)
+    assert whole.render().endswith("30 tokens read, 6 written, 0.2500 USD")
+    assert "0.2500 USD for 2 of them" in part.render()
+    assert (part.metrics()["judge_cost_usd"], part.metrics()["judge_questions_priced"]) == (0.25, 2)
+    unknown = JudgeCost(3, 30, 6)
+    assert "cost not known" in unknown.render()
+    assert unknown.metrics() == unknown.counts()
 
 
 def test_requests_are_begun_no_faster_than_allowed() -> None:

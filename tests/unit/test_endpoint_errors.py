@@ -44,6 +44,7 @@ def anthropic(message: str, kind: str = "invalid_request_error") -> dict[str, An
         (400, anthropic("Your credit balance is too low to access the Anthropic API."), ENDS),
         (400, anthropic("You have reached your specified API usage limits."), ENDS),
         (400, anthropic("max_completion_tokens: Extra inputs are not permitted"), ENDS),
+        (400, anthropic("`temperature` is deprecated for this model."), ENDS),
         (400, openai("Unsupported parameter: 'max_tokens' ...", "unsupported_parameter"), ENDS),
         (400, openai("Unsupported value: 'temperature' ...", "unsupported_value"), ENDS),
         (400, openai("Invalid value.", "invalid_value", "temperature"), ENDS),

@@ -37,17 +37,15 @@ def make_ask(
                 if frame.empty:
                     continue
                 asked = frame.to_dict("records")
+                questions = [row["question"] for row in asked]
                 verdicts: list[Verdict] = []
                 ends_run = None
                 try:
-                    for row, found in zip(
-                        asked, judge.ask([row["question"] for row in asked]), strict=True
-                    ):
+                    for row, found in zip(asked, judge.ask(questions), strict=True):
                         count.add(prompts=1, tokens=int(row["prefix_tokens"]))
                         verdicts.append(found)
-                except (
-                    ModelError
-                ) as error:  # for the driver: raised here, it would cost the answers
+                except ModelError as error:
+                    # The driver's to raise: raised here, it would cost the answers before it.
                     ends_run = error.what
                 rows = [
                     {

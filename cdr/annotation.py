@@ -18,6 +18,7 @@ from cdr.scoring import Work
 from cdr.scoring_run import ScoringRun
 from cdr.summary import Summary, summarize
 from cdr.tables import LOGPROBS, PREFERENCES, REJECTS, REWARDS, ROUTES, UNPAIRED, VERDICTS
+from cdr.verdicts import JudgeCost
 from cdr.warehouse import Warehouse
 
 
@@ -68,11 +69,14 @@ class AnnotationRun(ScoringRun):
             ),
             Share("candidates", "failed", summary.failed_fraction, limits.max_failed_fraction),
         )
-        self._conclude(shares, summary.counts())
-        self._tracker.log_summary(summary.metrics())
+        cost = JudgeCost.read(self.context)
+        self._conclude(shares, {**summary.counts(), **cost.counts()})
+        self._tracker.log_summary({**summary.metrics(), **cost.metrics()})
         self._log_outputs((ROUTES, LOGPROBS, VERDICTS, REWARDS, REJECTS, PREFERENCES, UNPAIRED))
         print(f"\n{summary.render()}\n")
-        self._say_cost()
+        if cost.questions:
+            print(cost.render())
+        self._warn_of_lost_letters()
         self._warn_of_mixed_versions()
         print(self._next_steps(self._report(rewards, rejects, pairs, summary)))
 

@@ -4,28 +4,38 @@
 
 Whatever the endpoint does becomes a verdict, a reason why there is none for good (it refused, or
 named neither A nor B), or an error to try again with the next run (it timed out, or was not to be
-had after all tries). Retries and their pauses, `Retry-After` included, are urllib3's. No Spark.
+had after all tries). What its errors mean is told by `cdr.endpoint_errors`; an error that every
+question would get ends the asking, after what was answered. Retries and their pauses, `Retry-After`
+included, are urllib3's. No Spark.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
+from urllib3.util import Retry
+
+from cdr.endpoint_errors import FOR_NOW, EndpointError, Meaning
 from cdr.errors import FailReason, ModelError, RejectReason, SetupError
 from cdr.judge import LABELS
 from cdr.reward_config import ApiSpec
 
-_FOR_NOW = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""Statuses that another try may change; 529 is Anthropic's for an overloaded endpoint."""
+if TYPE_CHECKING:
+    from urllib3.response import BaseHTTPResponse
+
+_log = logging.getLogger(__name__)
+
 _BACKOFF_S = 1.0  # then 2, 4, ...
+_MESSAGE_CHARS = 300  # of an endpoint's own words, in an error
 # A letter, perhaps with a word and marks around it: `A`, `**B**`, `Answer A.`
 _LETTER = re.compile(rf"\W*(?:answer\W+)?({'|'.join(LABELS)})\W*", re.IGNORECASE)
 
@@ -67,34 +77,44 @@ class ApiJudge:
         model: the endpoint's name of the model.
         api: endpoint and limits, over all tasks.
         tasks: how many tasks share the limits.
+        extra: further fields of the request's body; None as a value takes a default away.
 
     Raises:
         SetupError: the key's variable is not set here.
     """
 
-    def __init__(self, model: str, api: ApiSpec, tasks: int = 1) -> None:
+    def __init__(
+        self,
+        model: str,
+        api: ApiSpec,
+        tasks: int = 1,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         import requests
         from requests.adapters import HTTPAdapter
-        from urllib3.util import Retry
 
-        self._model, self._api = model, api
+        self._model, self._api, self._key = model, api, read_key(api)
         self._url = f"{api.base_url.rstrip('/')}/chat/completions"
+        fields = {"max_tokens": api.max_tokens, "temperature": 0, **(extra or {})}
+        self._fields = {name: value for name, value in fields.items() if value is not None}
+        self._ended: EndpointError | None = None
         threads = max(1, api.concurrency // tasks)
         self._pool = ThreadPoolExecutor(threads, "judge")
         self._turn = threading.Lock()
         self._pause_s = 60 * tasks / api.requests_per_minute if api.requests_per_minute else 0.0
         self._next_turn = time.monotonic()
-        retry = Retry(
+        retry = _PacedRetry(
             total=api.retries,
-            status_forcelist=_FOR_NOW,
+            status_forcelist=FOR_NOW,
             allowed_methods=None,  # a POST too: a question asked twice has the same answer
             backoff_factor=_BACKOFF_S,
             raise_on_status=False,
         )
+        retry.wait_for_turn = self._wait_for_turn
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=threads, max_retries=retry))
-        self._session.headers["Authorization"] = f"Bearer {read_key(api)}"
+        self._session.headers["Authorization"] = f"Bearer {self._key}"
 
     def __enter__(self) -> ApiJudge:
         return self
@@ -113,20 +133,28 @@ class ApiJudge:
             One verdict per question, in order.
 
         Raises:
-            ModelError: the endpoint refuses whatever it is asked: key, model or path are wrong.
+            ModelError: behind the last verdict: the endpoint refuses whatever it is asked, since
+                key, account, model, path or a parameter is wrong. Questions that it did not answer
+                have the error `not_scored`; none is asked any more.
         """
-        return self._pool.map(self._ask, questions)
+        yield from self._pool.map(self._ask, questions)
+        if self._ended is not None:
+            # A key may stand in what an endpoint says of it.
+            said = self._ended.message.replace(self._key, "...")[:_MESSAGE_CHARS]
+            words = said and f": {said}"
+            raise refuses_everything(
+                f"the endpoint answered {self._ended.status} for model '{self._model}'{words}",
+                self._api,
+            )
 
     def _ask(self, question: str) -> Verdict:
         import requests
 
-        self._wait_for_turn()
-        body = {
-            "model": self._model,
-            "messages": json.loads(question),
-            "max_tokens": self._api.max_tokens,
-            "temperature": 0,
-        }
+        if not self._ended:
+            self._wait_for_turn()
+        if self._ended:
+            return Verdict(error=FailReason.NOT_SCORED)
+        body = {"model": self._model, "messages": json.loads(question), **self._fields}
         try:
             response = self._session.post(self._url, json=body, timeout=self._api.timeout_s)
         except requests.Timeout:
@@ -137,20 +165,26 @@ class ApiJudge:
             return Verdict(
                 error=FailReason.JUDGE_TIMEOUT if timed_out else FailReason.JUDGE_UNAVAILABLE
             )
-        if response.status_code in (401, 403, 404):
-            raise ModelError(
-                f"the endpoint answered {response.status_code} for model '{self._model}'",
-                where=self._url,
-                fix=f"check base_url, the model's name and the key in {self._api.api_key_variable}",
-            )
-        if response.status_code in _FOR_NOW:
-            return Verdict(error=FailReason.JUDGE_UNAVAILABLE)
-        if not response.ok:  # too long, or against the endpoint's rules
-            return Verdict(reason=RejectReason.JUDGE_REFUSED)
+        if not response.ok:
+            return self._judge_error(EndpointError.read(response.status_code, response.text))
         try:
             return read_answer(response.json())
         except (ValueError, KeyError, IndexError, TypeError):
             return Verdict(error=FailReason.JUDGE_UNAVAILABLE)
+
+    def _judge_error(self, error: EndpointError) -> Verdict:
+        match error.meaning:
+            case Meaning.FOR_NOW:
+                return Verdict(error=FailReason.JUDGE_UNAVAILABLE)
+            case Meaning.REFUSED:
+                return Verdict(reason=RejectReason.JUDGE_REFUSED)
+            case Meaning.ENDS_RUN:
+                self._ended = error
+                return Verdict(error=FailReason.NOT_SCORED)
+        # Not its message, which may quote the question.
+        names = ", ".join(sorted(error.names)) or "no code"
+        _log.warning("%s answered %d (%s)", self._url, error.status, names)
+        return Verdict(error=FailReason.JUDGE_ERROR)
 
     def _wait_for_turn(self) -> None:
         if not self._pause_s:
@@ -159,6 +193,21 @@ class ApiJudge:
             begin = max(self._next_turn, time.monotonic())
             self._next_turn = begin + self._pause_s
         time.sleep(max(0.0, begin - time.monotonic()))
+
+
+class _PacedRetry(Retry):
+    """Further tries that wait for their turn, as the first one does: each is a request."""
+
+    wait_for_turn: Callable[[], None]
+
+    def new(self, **changes: Any) -> Self:
+        fresh = super().new(**changes)
+        fresh.wait_for_turn = self.wait_for_turn
+        return fresh
+
+    def sleep(self, response: BaseHTTPResponse | None = None) -> None:
+        super().sleep(response)
+        self.wait_for_turn()
 
 
 def read_answer(response: dict[str, Any]) -> Verdict:
@@ -181,6 +230,17 @@ def read_answer(response: dict[str, Any]) -> Verdict:
         prompt_tokens=usage.get("prompt_tokens"),
         answer_tokens=usage.get("completion_tokens"),
         answered_by=response.get("model"),
+    )
+
+
+def refuses_everything(what: str, api: ApiSpec) -> ModelError:
+    """Make the error of an endpoint that no question will get an answer from."""
+    return ModelError(
+        what,
+        where=f"models.judge, {api.base_url}",
+        fix="check base_url, the model's name, what `extra` adds to the request, the key in "
+        f"{api.api_key_variable}, and the account's credit and limits; then the same command asks "
+        "what is left",
     )
 
 

@@ -141,7 +141,8 @@ class RejectReason(StrEnum):
     NO_OTHER_CANDIDATE = "no_other_candidate"
     """A judge compares, and the prompt has one candidate only: sample more of them."""
     JUDGE_REFUSED = "judge_refused"
-    """The judge refuses to answer a question about this completion; it is not asked again."""
+    """The judge refuses to answer a question about this completion, or the question is too long for
+    it; it is not asked again."""
     JUDGE_UNCLEAR = "judge_unclear"
     """The judge's answer to a question about this completion is neither A nor B; it is not asked
     again."""
@@ -181,6 +182,9 @@ class FailReason(StrEnum):
     JUDGE_UNAVAILABLE = "judge_unavailable"
     """The judge's endpoint was down or refused for now, in all tries. Run again, or ask less at a
     time: `api.concurrency`, `api.requests_per_minute`."""
+    JUDGE_ERROR = "judge_error"
+    """The judge's endpoint answered with an error that is not known as a refusal, nor as one that
+    every question would get; the executor's log has its status and code. Run again."""
 
 
 class NoPairReason(StrEnum):

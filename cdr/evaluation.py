@@ -45,6 +45,7 @@ from cdr.tables import (
     VERDICTS,
 )
 from cdr.tracking import RunTracker
+from cdr.verdicts import JudgeCost
 from cdr.version_links import log_evaluation
 from cdr.warehouse import Warehouse
 
@@ -120,13 +121,15 @@ class EvaluationRun(ScoringRun):
             "logprobs_scored": now,
             "tokens": work.tokens,
         }
-        self._conclude(shares, {**report.counts(), **scoring, **self._engine_counts()})
+        cost = JudgeCost.read(self.context)
+        engines = self._engine_counts()
+        self._conclude(shares, {**report.counts(), **scoring, **engines, **cost.counts()})
         spent_s = {
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
         metrics = report.metrics()
-        self._tracker.log_summary({**metrics, **scoring, **self._engine_counts(), **spent_s})
+        self._tracker.log_summary({**metrics, **scoring, **engines, **spent_s, **cost.metrics()})
         log_evaluation(
             self._tracker,
             plan.annotation.reward_version,
@@ -152,7 +155,9 @@ class EvaluationRun(ScoringRun):
         )
         for warning in report.warnings():
             print(f"warning: {warning}")
-        self._say_cost()
+        if cost.questions:
+            print(cost.render())
+        self._warn_of_lost_letters()
         self._say_resubmitted()
         self._warn_of_mixed_versions()
         if command := self._tracker.ui_command():

@@ -22,7 +22,6 @@ from cdr.estimate import (
 )
 from cdr.judge_encoding import CHARS_PER_TOKEN
 from cdr.prompt_pack import PromptPack
-from cdr.reward_config import ApiSpec
 from cdr.routing import known_routes
 from cdr.scoring import Work, plan_waves
 from cdr.stages import Context
@@ -113,9 +112,8 @@ def forecast(candidates: DataFrame, routed: DataFrame, work: Work, run: Context)
 
 
 def _price(work: Work, run: Context) -> str:
-    (engine,) = run.plan.reward.engines
-    api = ApiSpec.model_validate_json(engine.extra)
-    if api.prompt_price is None or api.answer_price is None:
+    api = run.plan.reward.spec.judge_api
+    if api is None or api.prompt_price is None or api.answer_price is None:
         return "what that costs is not known: models.judge.api has no prompt_price and answer_price"
     cost = (work.tokens * api.prompt_price + work.completions * api.answer_price) / 1e6
     return f"about {cost:,.2f} USD by the config's prices, at {CHARS_PER_TOKEN} characters a token"

@@ -183,16 +183,15 @@ def _resolve(role: str, spec: ModelSpec, find: Callable[[Source], _Found]) -> Re
 
 def _resolve_api(role: str, spec: ModelSpec, api: ApiSpec) -> ResolvedModel:
     """Key a model behind an API by all that is known of it: its names, and what it is asked for."""
-    identity = {
+    identity: dict[str, object] = {
         "engine": "api",
         "model": spec.path,
         "base_url": api.base_url,
         "max_tokens": api.max_tokens,
     }
-    engine = replace(
-        _engine_spec(spec, identity, "float32", "float32"), extra=api.model_dump_json()
-    )
-    return ResolvedModel(role, spec, engine, 0, "")
+    if spec.extra:
+        identity["extra"] = spec.extra
+    return ResolvedModel(role, spec, _engine_spec(spec, identity, "float32", "float32"), 0, "")
 
 
 def _engine_spec(

@@ -206,8 +206,8 @@ class _Planner:
             # An alias may stand for another version tomorrow.
             tree["reward"] = f"models:/{plan.reward_version}"
         reward = plan.config.reward
-        if reward.is_asked_by_api and (api := reward.models["judge"].api):
-            read_key(api)
+        if reward.judge_api is not None:
+            read_key(reward.judge_api)
         self.warnings += reward.warnings()
         self.rewards[row] = plan.reward.key
         decisive = {

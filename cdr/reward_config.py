@@ -23,6 +23,13 @@ EngineName = Literal["transformers", "vllm", "classifier", "api", "stub"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _CHECKSUM = re.compile(r"^[0-9a-f]{64}$")
+# Keys of a model that is loaded here; one behind an API has none of them.
+_OF_LOADED_MODELS = (
+    "revision", "checksum", "adapter", "adapter_revision", "adapter_checksum", "tuned_from",
+    "dtype", "head_dtype", "max_length", "batch_tokens",
+)  # fmt: skip
+_OF_REQUESTS = {"messages", "model", "stream"}
+"""Of a request to an endpoint: those that a judge fills in, and the shape of the answer."""
 
 
 class ApiSpec(Spec):
@@ -128,7 +135,9 @@ class ModelSpec(Spec):
     )
     api: ApiSpec | None = Field(None, description="The endpoint of engine `api`.")
     extra: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments for the engine, passed as they are."
+        default_factory=dict,
+        description="Further arguments for the engine, passed as they are. Of engine `api` fields "
+        "of the request's body; null takes one of ours away (`max_tokens`, `temperature`).",
     )
 
     def is_hub_id(self) -> bool:
@@ -159,6 +168,24 @@ class ModelSpec(Spec):
                 "custom_code: needs pinned code: the revision of a hub id, or the checksum that "
                 f"this prints: {checksum_command(self.path)} --custom-code"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _endpoint_has_it(self) -> Self:
+        if self.engine != "api":
+            return self
+        problems = [
+            f"{key}: means nothing to an endpoint; leave it out for engine 'api'"
+            for key in _OF_LOADED_MODELS
+            # By value: a config that was written out whole has the defaults too.
+            if getattr(self, key) != type(self).model_fields[key].default
+        ]
+        problems += [
+            f"extra: '{key}' of a request is not the config's to set"
+            for key in sorted(_OF_REQUESTS & self.extra.keys())
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -352,7 +379,12 @@ class RewardSpec(Spec):
     @property
     def is_asked_by_api(self) -> bool:
         """Whether the reward is a judge behind an API, which gives verdicts and no log-probs."""
-        return self.is_judge and self.models["judge"].engine == "api"
+        return self.judge_api is not None
+
+    @property
+    def judge_api(self) -> ApiSpec | None:
+        """The endpoint of a judge behind an API; None for any other reward."""
+        return self.models["judge"].api if self.is_judge else None
 
     @property
     def is_per_token(self) -> bool:

@@ -27,12 +27,15 @@ from cdr.scoring import Wave, Work
 from cdr.sources import input_version
 from cdr.stages import Context
 from cdr.staging import Staging
-from cdr.tables import LOGPROBS, Table
+from cdr.tables import LOGPROBS, REWARDS, Table
 from cdr.tracking import RunTracker, TableVersion, redact
-from cdr.verdicts import count_cost
 from cdr.version_links import VERSION_TAG, link_version
 from cdr.warehouse import Warehouse
 from cdr.waves import BucketRange, WaveResult
+from cdr.weighing import mean_letter_mass
+
+_LETTER_MASS = 0.5
+"""Probability of a judge's two letters together below which a run warns."""
 
 
 def make_context(plan: AnnotationPlan, warehouse: Warehouse) -> Context:
@@ -170,10 +173,19 @@ class ScoringRun(JobRun):
                 place = self._warehouse.place(table)
                 self._tracker.log_table(TableVersion(table.name, place, written), role="output")
 
-    def _say_cost(self) -> None:
-        """Say what the questions to a judge behind an API took."""
-        if self._plan.reward.spec.is_asked_by_api and (said := count_cost(self.context)):
-            print(said)
+    def _warn_of_lost_letters(self) -> None:
+        """Say where a judge's letters are not what it would write."""
+        spec = self._plan.reward.spec
+        if not spec.is_judge or spec.is_asked_by_api:
+            return
+        rows = self._warehouse.read(REWARDS).where(F.col("run_id") == self.context.run_id)
+        mass = mean_letter_mass(rows)
+        if mass is not None and mass < _LETTER_MASS:
+            print(
+                f"warning: the judge gives its two letters {mass:.1%} of the probability on "
+                "average: it would rather write something else.\nIts verdicts are then of little "
+                "worth: see its chat template, or take another model.\n"
+            )
 
     def _warn_of_mixed_versions(self) -> None:
         """Say where log-probs of the reward's models were computed by several engine versions."""

@@ -6,13 +6,13 @@ one order) is keyed by its content, so that no question is ever paid for twice, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from cdr.api_judge import read_key
+from cdr.api_judge import read_key, refuses_everything
 from cdr.engines.base import EngineSpec
 from cdr.estimate import Workload
 from cdr.judge_encoding import CHARS_PER_TOKEN
@@ -25,9 +25,12 @@ from cdr.waves import WaveResult, answer_wave, bucket_column, cut_buckets
 
 ASKED_DDL = (
     "model_key string, prefix_hash binary, verdict string, reason string, "
-    "prompt_tokens int, answer_tokens int, cost_usd double, answered_by string, error string"
+    "prompt_tokens int, answer_tokens int, cost_usd double, answered_by string, error string, "
+    "ends_run string"
 )
-"""Schema of what an asking function yields, one row per question; `error` null when answered."""
+"""Schema of what an asking function yields, one row per question; `error` null when answered.
+
+`ends_run`, the same in a batch's rows, is why no question is answered any more; else null."""
 
 
 def plan_questions(encoded: DataFrame, run: Context) -> Work:
@@ -93,7 +96,7 @@ def plan_question_waves(work: Work, run: Context) -> list[Wave]:
         run: the run.
     """
     (engine,) = run.plan.reward.engines
-    api = ApiSpec.model_validate_json(engine.extra)
+    api = _endpoint(run)
     # At most BUCKETS rows.
     rows = work.rows.groupBy("bucket").count().collect()
     counts: dict[int, int] = dict(rows)
@@ -118,10 +121,11 @@ def ask_wave(
         counter: where tasks count what they have done.
 
     Raises:
+        ModelError: the endpoint refuses whatever it is asked; what it answered before is kept.
         SetupError: the endpoint's key is not in the environment.
     """
     (engine,) = wave.engines
-    api = ApiSpec.model_validate_json(engine.extra)
+    api = _endpoint(run)
     read_key(api)  # known missing before any task runs
     # The endpoint's limits are shared out among tasks, so there are no more than run at a time.
     num_tasks = max(1, min(api.concurrency, run.num_tasks))
@@ -131,28 +135,93 @@ def ask_wave(
         .sortWithinPartitions("prompt_hash")
         .select("model_key", "prefix_hash", "question", "prefix_tokens")
     )
-    return answer_wave(
+    staged_as = f"scored/wave={wave.number}"
+    result = answer_wave(
         questions,
         make_ask(engine, api, num_tasks, counter),
         ASKED_DDL,
         run,
         engines=(),
         table=VERDICTS,
-        staged_as=f"scored/wave={wave.number}",
+        staged_as=staged_as,
     )
+    if result.failed:
+        ended = run.staging.read(staged_as).where("ends_run IS NOT NULL").first()
+        if ended is not None:
+            raise refuses_everything(
+                f"{ended.ends_run} ({result.committed:,} of this wave's answers are kept)", api
+            )
+    return result
 
 
-def count_cost(run: Context) -> str | None:
-    """Say what a run's questions took; None where none was asked."""
-    rows = run.warehouse.read(VERDICTS).where(F.col("run_id") == run.run_id)
-    found = rows.agg(
-        F.count("*"), F.sum("prompt_tokens"), F.sum("answer_tokens"), F.sum("cost_usd")
-    ).first()
-    if found is None or not found[0]:
-        return None
-    count, read, wrote, cost = found
-    price = "cost not known (no prices in the config)" if cost is None else f"{cost:.4f} USD"
-    return (
-        f"judge: {count:,} questions answered, {math.floor(read or 0):,} tokens read, "
-        f"{math.floor(wrote or 0):,} written, {price}"
-    )
+def _endpoint(run: Context) -> ApiSpec:
+    api = run.plan.reward.spec.judge_api
+    assert api is not None  # questions are planned for no other reward
+    return api
+
+
+@dataclass(frozen=True)
+class JudgeCost:
+    """What a run's questions to a judge behind an API took.
+
+    Args:
+        questions: those with an answer.
+        prompt_tokens: tokens read, where the endpoint counted them.
+        answer_tokens: tokens written, likewise.
+        priced: questions with a price.
+        cost_usd: their price; None where no question has one.
+    """
+
+    questions: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    priced: int = 0
+    cost_usd: float | None = None
+
+    @classmethod
+    def read(cls, run: Context) -> JudgeCost:
+        """Sum up what a run has stored; nothing for a reward of another kind."""
+        if not run.plan.reward.spec.is_asked_by_api:
+            return cls()
+        rows = run.warehouse.read(VERDICTS).where(F.col("run_id") == run.run_id)
+        found = rows.agg(
+            F.count("*"),
+            F.coalesce(F.sum("prompt_tokens"), F.lit(0)),
+            F.coalesce(F.sum("answer_tokens"), F.lit(0)),
+            F.count("cost_usd"),
+            F.sum("cost_usd"),
+        ).first()
+        return cls() if found is None else cls(*found)
+
+    def counts(self) -> dict[str, int]:
+        """Give the whole numbers, for `runs`; empty where nothing was asked."""
+        if not self.questions:
+            return {}
+        return {
+            "judge_questions": self.questions,
+            "judge_prompt_tokens": self.prompt_tokens,
+            "judge_answer_tokens": self.answer_tokens,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Give all numbers, for MLflow: a price is that of `judge_questions_priced` questions."""
+        if self.cost_usd is None:
+            return {**self.counts()}
+        return {
+            **self.counts(),
+            "judge_cost_usd": self.cost_usd,
+            "judge_questions_priced": self.priced,
+        }
+
+    def render(self) -> str:
+        """Say it in one line."""
+        if self.cost_usd is None:
+            price = "cost not known (no prices in the config, or no token counts of the endpoint)"
+        else:
+            price = f"{self.cost_usd:.4f} USD"
+            if self.priced < self.questions:
+                price += f" for {self.priced:,} of them (of the others no tokens were counted)"
+        return (
+            f"judge: {self.questions:,} questions answered, {self.prompt_tokens:,} tokens read, "
+            f"{self.answer_tokens:,} written, {price}"
+        )

@@ -142,6 +142,28 @@ def _read_log_odds(
     )
 
 
+def mean_letter_mass(rewards: DataFrame) -> float | None:
+    """Give the probability of a generative judge's two letters together, a mean over questions.
+
+    Args:
+        rewards: rows of `rewards` of such a judge.
+
+    Returns:
+        0 to 1; None where no question has both letters' log-probs.
+    """
+    # Two candidates of a question have a row each; those with the same text share their letter.
+    letters = rewards.select("prompt_id", F.explode("terms").alias("question", "term")).select(
+        "prompt_id", "term.prefix_hash", "term.completion_hash", "term.logprob_sum"
+    )
+    questions = (
+        letters.distinct()
+        .groupBy("prompt_id", "prefix_hash")
+        .agg(F.count("*").alias("letters"), F.sum(F.exp("logprob_sum")).alias("mass"))
+    )
+    found = questions.where("letters = 2").agg(F.avg("mass")).first()
+    return None if found is None else found[0]
+
+
 def _read_verdicts(
     encoded: DataFrame, failures: DataFrame | None, plan: AnnotationPlan, warehouse: Warehouse
 ) -> DataFrame:

@@ -10,12 +10,17 @@ Out of scope: quantised weights, and one model spread over several devices.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from cdr.engines import block_attention
 from cdr.engines.base import EngineSpec
@@ -198,26 +203,37 @@ def load_model(kind: Any, spec: EngineSpec, device: torch.device) -> Any:
         device: where to put it.
 
     Raises:
-        ModelError: weights are missing or not safetensors, or parts of the model are not in them.
+        ModelError: weights are missing or not safetensors, parts of the model are not in them, or
+            its own code cannot be imported.
     """
     source = {"revision": spec.revision, "trust_remote_code": spec.custom_code}
     dtype: torch.dtype = getattr(torch, spec.dtype)
     try:
         config = AutoConfig.from_pretrained(spec.path, **source)
-        model, found = kind.from_pretrained(
-            spec.path,
-            **source,
-            config=config,
-            use_safetensors=True,
-            # sdpa leaves a softcap on attention scores out.
-            attn_implementation="eager"
-            if getattr(config, "attn_logit_softcapping", None)
-            else "sdpa",
-            dtype=torch.float32 if spec.adapter_path else dtype,
-            device_map={"": "cpu" if spec.adapter_path else device},
-            output_loading_info=True,
-        )
+        lent = _lend_docstrings(config) if spec.custom_code else contextlib.nullcontext()
+        with lent:
+            model, found = kind.from_pretrained(
+                spec.path,
+                **source,
+                config=config,
+                use_safetensors=True,
+                # sdpa leaves a softcap on attention scores out.
+                attn_implementation="eager"
+                if getattr(config, "attn_logit_softcapping", None)
+                else "sdpa",
+                dtype=torch.float32 if spec.adapter_path else dtype,
+                device_map={"": "cpu" if spec.adapter_path else device},
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if spec.custom_code and isinstance(error, ImportError):
+            raise ModelError(
+                f"the Python code that comes with the model cannot be imported: {error}",
+                where=f"engine {spec.name} ({spec.path})",
+                fix="install the package it names on every node; or, where the name is gone from "
+                f"the transformers here ({transformers.__version__}), mend that import in a copy "
+                "of the model's folder and pin the copy by its checksum",
+            ) from error
         raise ModelError(
             f"cannot load the model: {error}",
             where=f"engine {spec.name} ({spec.path})",
@@ -240,6 +256,32 @@ def load_model(kind: Any, spec: EngineSpec, device: torch.device) -> Any:
             parameter.data = parameter.data.to(dtype)
         model.to(device)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _lend_docstrings(config: Any) -> Iterator[None]:
+    """Put back, while a model's own code is imported, docstring constants it may import.
+
+    Modules of transformers 4 had `LLAMA_START_DOCSTRING` and `LLAMA_INPUTS_DOCSTRING`, likewise for
+    every family, and code that subclasses their models imports them to decorate its own `forward`
+    (ArmoRM's does). 5 has none. They are text for readers and change no number.
+
+    Args:
+        config: the model's; its type is the family.
+    """
+    family = model_type_to_module_name(config.model_type)
+    names = [f"{family.upper()}_{part}_DOCSTRING" for part in ("START", "INPUTS")]
+    lent: list[str] = []
+    with contextlib.suppress(ImportError):  # a family of the code's own has no such module
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        lent = [name for name in names if not hasattr(module, name)]
+    for name in lent:
+        setattr(module, name, "")
+    try:
+        yield
+    finally:
+        for name in lent:
+            delattr(module, name)
 
 
 def _merge_adapter(model: Any, folder: Path) -> Any:

@@ -10,18 +10,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama import modeling_llama
 
 from cdr.engines.base import EngineSpec, ScoringGroup
 from cdr.engines.classifier import ClassifierEngine
 from cdr.errors import ModelError
 from tests.real.test_transformers_engine import ARCHITECTURES, SIZES
 
+# As ArmoRM's: it imports a docstring that transformers 5 has no more.
 CODE = '''
 from transformers import LlamaForSequenceClassification
+from transformers.models.llama.modeling_llama import LLAMA_INPUTS_DOCSTRING
+from transformers.utils import add_start_docstrings_to_model_forward
 
 class Gated(LlamaForSequenceClassification):
     """Nineteen objectives and one score, as ArmoRM has: here the score is twice their sum."""
 
+    @add_start_docstrings_to_model_forward(LLAMA_INPUTS_DOCSTRING)
     def forward(self, *args, **kwargs):
         result = super().forward(*args, **kwargs)
         result.score = 2 * result.logits.sum(-1)
@@ -114,3 +119,7 @@ def test_a_models_own_code_runs_only_where_it_is_allowed(
     assert scores == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ModelError, match="'logits' must be one number per sequence, is \\(1, 3\\)"):
         load(path, custom_code=True)
+    assert not hasattr(modeling_llama, "LLAMA_INPUTS_DOCSTRING")  # lent, not given
+    (path / "gated.py").write_text(f"from transformers import NoSuchName\n{CODE}")
+    with pytest.raises(ModelError, match=r"cannot be imported: .*NoSuchName"):
+        load(path, custom_code=True, output="score")

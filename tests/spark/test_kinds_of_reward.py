@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -21,6 +22,7 @@ from cdr.config import AnnotateConfig
 from cdr.encoding import Candidate
 from cdr.engines.base import EngineSpec, ScoringGroup
 from cdr.engines.stub import StubEngine
+from cdr.errors import ModelError
 from cdr.evaluation_config import EvaluateConfig
 from cdr.evaluation_plan import plan_evaluation
 from cdr.judge import judge_messages
@@ -41,6 +43,7 @@ from cdr.tables import (
     Table,
 )
 from cdr.warehouse import Warehouse
+from cdr.weighing import mean_letter_mass
 from jobs.annotate import annotate, dry_run
 from jobs.evaluate import evaluate
 from tests.chat_endpoint import Reply, say, serve
@@ -259,7 +262,7 @@ def test_a_registered_reward_is_its_formula_over_what_the_models_say(
 
 
 def test_a_judge_compares_all_candidates_in_both_orders_and_asks_once(
-    spark: SparkSession, tmp_path: Path
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = make_smollm2()
     tokenizer.save_pretrained(tmp_path / "model")
@@ -321,6 +324,9 @@ def test_a_judge_compares_all_candidates_in_both_orders_and_asks_once(
     assert rewards["c0"]["rank"] == rewards["c3"]["rank"]
     stored = collect(warehouse, LOGPROBS)
     assert len(stored) == 6 * 2
+    mass = sum(math.exp(row["logprob_sum"]) for row in stored) / 6
+    assert mean_letter_mass(warehouse.read(REWARDS)) == pytest.approx(mass)
+    assert f"gives its two letters {mass:.1%} of the probability" in capsys.readouterr().out
     (rejected,) = collect(warehouse, REJECTS)
     assert (rejected["prompt_id"], rejected["reason"]) == ("alone", "no_other_candidate")
 
@@ -334,9 +340,11 @@ def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejecte
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    is_down = True
+    is_broke = is_down = True
 
     def answer(question: str, _: int) -> Reply:
+        if is_broke and len(endpoint.asked) > 1:
+            return 402, {"error": {"message": "pay first"}}
         if "fox 3" in question:
             return say(None, refusal="I can't help with that.")
         if "fox 4" in question:
@@ -354,7 +362,7 @@ def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejecte
     with serve(answer) as endpoint:
         api = {
             "base_url": endpoint.base_url, "api_key_variable": "JUDGE_KEY", "retries": 0,
-            "wave_questions": 5, "prompt_price": 10, "answer_price": 30,
+            "wave_questions": 5, "prompt_price": 10, "answer_price": 30, "concurrency": 1,
         }  # fmt: skip
         config = AnnotateConfig.model_validate(
             {
@@ -375,18 +383,25 @@ def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejecte
         assert dry_run(plan, warehouse) == 0
         assert "12 asked, 0 in the store" in capsys.readouterr().out
         assert not endpoint.asked
+        with pytest.raises(ModelError, match=r"pay first \(1 of this wave's answers are kept\)"):
+            annotate(plan, warehouse)
+        assert (len(endpoint.asked), len(collect(warehouse, VERDICTS))) == (2, 1)
+        is_broke = False
         assert annotate(plan, warehouse) == 0
-        # Ten answers of ten tokens read and two written.
-        assert "10 questions answered, 100 tokens read, 20 written, 0.0016 USD" in (
+        # Nine answers of ten tokens read and two written.
+        assert "9 questions answered, 90 tokens read, 18 written, 0.0014 USD" in (
             capsys.readouterr().out
         )
-        assert len(endpoint.asked) == 12
+        assert len(endpoint.asked) == 2 + 11
         first = {row["prompt"][0]["content"]: row for row in collect(warehouse, REWARDS)}
         failed = [row["error"] for row in collect(warehouse, REWARDS) if row["status"] == "failed"]
         assert failed == ["judge_unavailable"] * 2
         is_down = False
         assert annotate(plan, warehouse) == 0
-        assert len(endpoint.asked) == 14
+        assert len(endpoint.asked) == 2 + 11 + 2
+        counts = last_counts(warehouse)
+        assert (counts["judge_questions"], counts["judge_prompt_tokens"]) == (2, 20)
+        assert counts["judge_answer_tokens"] == 4
     assert len(first) == 5
     verdicts = collect(warehouse, VERDICTS)
     assert len(verdicts) == 12
@@ -404,3 +419,8 @@ def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejecte
     assert len(rewards) == 12 - len(collect(warehouse, REJECTS)) == 10
     chosen = {row["chosen"][0]["content"] for row in collect(warehouse, PREFERENCES)}
     assert chosen == {pair["chosen"] for n, pair in enumerate(PAIRS) if n not in (3, 4)}
+
+    # As the guide says: without their verdicts, refused questions are asked again.
+    warehouse.delta(VERDICTS).delete("reason = 'judge_refused'")
+    assert dry_run(plan, warehouse) == 0
+    assert "12 asked, 10 in the store" in capsys.readouterr().out

@@ -230,3 +230,41 @@ def test_a_judges_words_are_part_of_its_rewards_key(
     key = plan_judge(tmp_path).key
     monkeypatch.setattr("cdr.reward.JUDGE_KEY", "other words")
     assert plan_judge(tmp_path).key != key
+
+
+# --- the judge behind an API ----------------------------------------------------------------------
+
+
+def plan_api_judge(**model: Any) -> RewardPlan:
+    api = {"base_url": "http://127.0.0.1:1/v1"}
+    judge = {"path": "m", "engine": "api", "api": api, **model}
+    changes = {"form": "judge", "models": {"judge": judge}}
+    return plan_reward(make_reward(Path("m"), **changes))
+
+
+def test_what_extra_adds_to_a_request_is_part_of_an_api_judges_key() -> None:
+    (plain,), (extended,) = (
+        plan_api_judge(**model).engines
+        for model in ({}, {"extra": {"max_tokens": None, "max_completion_tokens": 16}})
+    )
+    # The key of a judge without it stays what it was: its answers are paid for.
+    assert plain.name == "ac68a8bbcd9581fa"
+    assert extended.name != plain.name
+    assert json.loads(extended.extra) == {"max_tokens": None, "max_completion_tokens": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ({"dtype": "bfloat16"}, "dtype: means nothing to an endpoint"),
+        ({"max_length": 4096}, "max_length: means nothing to an endpoint"),
+        ({"revision": "0" * 40}, "revision: means nothing to an endpoint"),
+        ({"extra": {"model": "other"}}, "'model' of a request is not the config's to set"),
+        ({"api": None}, "engine 'api' needs it"),
+    ],
+)
+def test_keys_without_a_meaning_for_an_endpoint_are_refused(
+    model: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        plan_api_judge(**model)

@@ -302,7 +302,7 @@ def _ask_endpoint(encoded: Sequence[EncodedPrompt], plan: RewardPlan) -> dict[by
     if not asked or model.api is None:
         return {}
     _refuse_several_tasks()
-    with ApiJudge(model.path, model.api) as judge:
+    with ApiJudge(model.path, model.api, extra=model.extra) as judge:
         return dict(zip(asked, judge.ask(list(asked.values())), strict=True))
 
 

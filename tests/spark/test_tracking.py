@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,72 @@ def test_a_store_that_goes_away_costs_no_work(
     ]
     # The status is tried all the same, so that no run is shown as running for ever.
     assert stored_run(tracker).info.status == "FINISHED"
+
+
+# MLflow's own REST handlers; `mlflow server` puts a dozen job runners around them.
+SERVER = """
+from mlflow.server import app
+from werkzeug.serving import make_server
+server = make_server("127.0.0.1", 0, app, threaded=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def server(warehouse: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A tracking server over the module's store, and its address."""
+    with make_tracker(warehouse) as tracker:  # makes the store's tables, where no test has yet
+        pass
+    environment = {
+        **os.environ,
+        "_MLFLOW_SERVER_FILE_STORE": str(tracker.uri),
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": (warehouse / "mlruns").as_uri(),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SERVER],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        yield process, f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.kill()
+
+
+def test_a_server_that_is_killed_under_a_run_costs_no_work_and_what_it_missed_is_kept(
+    warehouse: Path,
+    server: tuple[subprocess.Popen[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    process, uri = server
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with make_tracker(warehouse, TrackingSpec(uri=uri)) as tracker:
+        tracker.log_metrics({"waves": 1})
+        process.kill()
+        process.wait()
+        tracker.log_metrics({"waves": 2}, step=1)
+        tracker.log_table(TableVersion("preferences", "/data/p", 4), role="output")
+        tracker.log_summary({"rows": {"ok": 9}})
+    unsent = warehouse / "mlflow-unsent" / f"{tracker.run_id}.json"
+    kept = [(item["what"], item["payload"]) for item in json.loads(unsent.read_text())]
+    assert kept == [
+        ("metrics", {"step": 1, "waves": 2.0}),
+        ("tags", {"run_id": tracker.run_id, "cdr.output.preferences": "/data/p@4"}),
+        ("table", {"role": "output", "name": "preferences", "place": "/data/p", "version": 4}),
+        ("metrics", {"step": 0, "rows/ok": 9.0}),
+        ("summary.json", {"rows": {"ok": 9}}),
+        ("status", "FINISHED"),
+    ]
+    messages = [item.getMessage() for item in caplog.records if item.name == "cdr.tracking"]
+    assert [str(unsent) in message for message in messages] == [True]
+    # What was sent before is there.
+    run = MlflowClient(tracking_uri=f"sqlite:///{warehouse}/mlflow.db").get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("RUNNING", {"waves": 1.0})
+    assert run.data.params["dataset"] == "toy"
 
 
 def test_work_that_goes_on_goes_on_in_its_run_and_other_work_gets_another(

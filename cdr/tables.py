@@ -147,7 +147,11 @@ REWARDS = Table(
             "double",
             "Weighted sum of the terms, nats; a judge's: see `cdr.judge`; null unless status is ok",
         ),
-        ("strong_logprob", "double", "First positive term's log-prob sum, nats; null: a judge"),
+        (
+            "strong_logprob",
+            "double",
+            "First positive term's log-prob sum, nats; of a classifier its score; null: a judge",
+        ),
         ("weak_logprob", "double", "First negative term's log-prob sum, nats; null: none"),
         ("num_tokens", "int", "Completion tokens of the first term's model, or of the judge"),
         ("rank", "int", "1 for the prompt's highest reward; ties share a rank; null: no reward"),

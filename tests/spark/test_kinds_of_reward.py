@@ -8,20 +8,28 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import pandas as pd
 import pytest
 import torch
 from pyspark.sql import SparkSession
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from cdr.chat import ChatEncoder
+from cdr.candidate_rows import hash_messages
+from cdr.chat import ChatEncoder, Message
 from cdr.config import AnnotateConfig
+from cdr.encoding import Candidate
 from cdr.engines.base import EngineSpec, ScoringGroup
 from cdr.engines.stub import StubEngine
 from cdr.evaluation_config import EvaluateConfig
 from cdr.evaluation_plan import plan_evaluation
 from cdr.judge import judge_messages
-from cdr.plan import plan_annotation
+from cdr.judge_encoding import make_encoder
+from cdr.plan import plan_annotation, plan_reward
 from cdr.questions import sum_logprobs
+from cdr.registration import register_reward
+from cdr.registry import global_store
+from cdr.reward_config import RewardSpec
 from cdr.tables import (
     BENCHMARK_PAIRS,
     LOGPROBS,
@@ -46,7 +54,15 @@ PAIRS = [
     }
     for n in range(6)
 ]
+PACK = Path(__file__).resolve().parents[2] / "conf" / "prompts" / "cdr-v1.yaml"
 NO_ROUTING = {"routing": {"mode": "none"}, "encoding": {"template": "own"}}
+
+# Of MLflow itself: old pandas and pydantic calls, and type hints of its own classes.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    r"ignore:[\s\S]*type hint[\s\S]*:UserWarning",
+)
 
 
 def collect(warehouse: Warehouse, table: Table) -> list[dict[str, Any]]:
@@ -78,8 +94,25 @@ def make_classifier(folder: Path) -> tuple[LlamaForSequenceClassification, PreTr
     return model, tokenizer
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry for the module: creating its tables takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+def predict(reward: dict[str, Any], store: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Register a reward, load it as anybody would who has its name, and ask it."""
+    done = register_reward(plan_reward(RewardSpec.model_validate(reward)), uri=store, alias="a")
+    assert done.is_new
+    with global_store(store):
+        model = mlflow.pyfunc.load_model(f"models:/{reward['name']}@a")
+        found: pd.DataFrame = model.predict(pd.DataFrame(rows))
+    assert set(found["status"]) == {"ok"}
+    return found
+
+
 def test_a_classifier_gives_its_own_scores_asks_once_and_is_compared_with_a_judge(
-    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession, tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = make_classifier(tmp_path / "model")
     path = str(tmp_path / "model")
@@ -152,6 +185,77 @@ def test_a_classifier_gives_its_own_scores_asks_once_and_is_compared_with_a_judg
     (run_id,) = {row["run_id"] for row in collect(warehouse, PREFERENCES)}
     page = tmp_path / "warehouse" / "reports" / f"{run_id}.html"
     assert "score of classifier" in page.read_text()
+
+    # Registered, it is the same reward.
+    scored = predict(reward, store, candidates)
+    stored = {(row["prompt"][0]["content"], row["completion"]): row for row in rewards}
+    for candidate, (_, row) in zip(candidates, scored.iterrows(), strict=True):
+        expected = stored[candidate["prompt"], candidate["completion"]]
+        assert row["reward"] == pytest.approx(expected["reward"], abs=1e-4)
+        assert row["strong_logprob"] == row["reward"]
+        assert pd.isna(row["weak_logprob"])
+        assert row["num_tokens"] == expected["num_tokens"]
+
+
+PMI = {
+    ("strong", "conditioned"): 1.0,
+    ("strong", "unconditional"): -1.0,
+    ("weak", "conditioned"): -1.0,
+    ("weak", "unconditional"): 1.0,
+}
+CUSTOM = {("strong", "plain"): 2.0, ("weak", "conditioned"): -0.5}
+
+
+@pytest.mark.parametrize(
+    ("weights", "form"),
+    [
+        (PMI, {"form": "pmi"}),
+        (
+            CUSTOM,
+            {
+                "form": "custom",
+                "terms": [
+                    {"model": m, "condition": c, "weight": w} for (m, c), w in CUSTOM.items()
+                ],
+                "reduction": "mean",
+            },
+        ),
+    ],
+    ids=["pmi", "custom"],
+)
+def test_a_registered_reward_is_its_formula_over_what_the_models_say(
+    weights: dict[tuple[str, str], float], form: dict[str, Any], tmp_path: Path, store: str
+) -> None:
+    make_smollm2().save_pretrained(tmp_path)
+    model = {"path": str(tmp_path), "engine": "stub", "max_length": 4096}
+    reward = {
+        "name": form["form"],
+        "models": {"strong": {**model, "adapter": "s"}, "weak": {**model, "adapter": "w"}},
+        "prompt_pack": str(PACK),
+        "routing": {"mode": "fixed", "domain": "safety"},
+        "encoding": {"template": "own"},
+        **form,
+    }
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
+    scored = predict(reward, store, rows)
+    plan = plan_reward(RewardSpec.model_validate(reward))
+    keys = {role: plan.models[role].model_key for role in ("strong", "weak")}
+    encoder = make_encoder(plan.encoding)
+    for row, found in zip(rows, scored["reward"], strict=True):
+        messages: list[Message] = [{"role": "user", "content": row["prompt"]}]
+        only = [Candidate("c", row["completion"], None)]
+        encoded = encoder.encode(messages, hash_messages(messages), "safety", only)
+        asked = {(view.model_key, view.condition): view for view in encoded.views}
+        terms = {}
+        for role, condition in weights:
+            view = asked[keys[role], condition]
+            group = ScoringGroup(view.prefix_ids, (view.candidates[0].ids,))
+            ((logprobs,),) = StubEngine(EngineSpec(keys[role], "stub", "")).score([group])
+            count = len(logprobs) if form.get("reduction") == "mean" else 1
+            terms[role, condition] = sum_logprobs(logprobs) / count
+        assert len(set(terms.values())) == len(weights), "two conditions read the same"
+        expected = sum(weight * terms[term] for term, weight in weights.items())
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_judge_compares_all_candidates_in_both_orders_and_asks_once(

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import Row, SparkSession
 
+from cdr.demo_model import resolve_demo_model_dir
+from cdr.engines.vllm_setup import find_vllm_version
 from cdr.errors import InputError
 from cdr.sampling import GenerateConfig, PromptsSpec, SamplingPlan, plan_sampling, sample_seed
 from cdr.sampling_run import SamplingRun
@@ -23,9 +25,13 @@ from cdr.sampling_stages import export_samples, plan_samples, read_prompts, samp
 from cdr.stages import MapFunction
 from cdr.tables import COMPLETIONS, REJECTS, RUNS
 from cdr.warehouse import Warehouse
+from jobs.generate import generate
 from tests.tokenizers import make_smollm2
 from udfs.generate import make_generate
 
+# Looked up before the session's fixture gives the tests a cache of their own.
+DEMO_MODEL = resolve_demo_model_dir()
+ADAPTER = Path(__file__).resolve().parents[2] / "conf" / "models" / "smollm2-135m-instruct-dpo"
 PROMPTS = [
     {"id": f"p{i}", "domain": "chat", "prompt": [{"role": "user", "content": f"say {i}"}]}
     for i in range(6)
@@ -54,7 +60,8 @@ def make_plan(folder: Path, policy: Path, prompts: list[dict[str, Any]], **more:
             "format": "json",
             "columns": {"prompt_id": "id", "domain": "domain"},
         },
-        "policy": {"path": str(policy), "engine": "stub", "max_length": 64},
+        "policy": more.pop("policy", None)
+        or {"path": str(policy), "engine": "stub", "max_length": 64},
         "sampling": sampling,
         "run": {"max_rejected_fraction": 1, **more.pop("run", {})},
         **more,
@@ -312,3 +319,50 @@ def test_a_missing_column_is_named(spark: SparkSession, tmp_path: Path) -> None:
     file.write_text('{"question": "hi"}\n')
     with pytest.raises(InputError, match=r"lacks the columns \['prompt'\]; it has \['question'\]"):
         read_prompts(spark, PromptsSpec(path=str(file), format="json"))
+
+
+@pytest.mark.skipif(find_vllm_version() is None, reason="no vLLM: run make setup-vllm")
+@pytest.mark.skipif(
+    not (DEMO_MODEL / "model.safetensors").is_file(),
+    reason="the demo model is not there: run jobs/make_demo_model.py",
+)
+def test_vllm_with_an_adapter_draws_the_same_texts_however_the_work_is_cut(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    """The second run asks the host of the first: a model is loaded once."""
+    questions = ("Is fire hot? Yes or no.", "Where is Lisbon?", "Name a colour.")
+    prompts = [
+        {"id": f"p{i}", "domain": "chat", "prompt": [{"role": "user", "content": text}]}
+        for i, text in enumerate(questions)
+    ]
+    model = {
+        "path": str(DEMO_MODEL),
+        "adapter": str(ADAPTER),
+        "engine": "vllm",
+        "dtype": "float32",
+        "max_length": 256,
+    }
+    drawn = []
+    for order, run in (
+        (prompts, {}),
+        (prompts[::-1], {"wave_prompts": 1, "request_tokens": 64, "devices": 2}),
+    ):
+        folder = tmp_path / f"run-{len(drawn)}"
+        sampling = {"num_samples": 2, "max_new_tokens": 8, "temperature": 0.7, "seed": 3}
+        plan = make_plan(folder, DEMO_MODEL, order, policy=model, sampling=sampling, run=run)
+        warehouse = Warehouse(spark, plan.config.warehouse)
+        assert generate(plan, warehouse) == 0
+        drawn.append(samples(warehouse))
+    once, again = drawn
+    assert set(once) == {f"p{i}-{n}" for i in range(3) for n in (1, 2)}
+    encoder = plan.load_encoder()
+    for name, row in once.items():
+        for column in ("completion", "finish_reason", "num_tokens", "seed", "sampling_key"):
+            assert row[column] == again[name][column], (name, column)
+        # What ended by itself had room for one token more: its end of turn.
+        assert (row["finish_reason"], row["num_tokens"] == 8) in (("stop", False), ("length", True))
+        if row["finish_reason"] == "length":
+            ids = encoder.encode_completion(row["completion"], "length").ids
+            assert len(ids) == row["num_tokens"]
+    assert {row["finish_reason"] for row in once.values()} == {"stop", "length"}
+    assert any(once[f"p{i}-1"]["completion"] != once[f"p{i}-2"]["completion"] for i in range(3))

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from cdr.demo_model import resolve_demo_model_dir
 from cdr.engines.adapters import share_weights
 from cdr.engines.base import EngineSpec, SamplingRequest, ScoringGroup, make_engine
+from cdr.engines.processes import find_engine_processes, is_alive
 from cdr.engines.transformers import TransformersEngine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import find_vllm_version
@@ -187,6 +188,10 @@ def test_an_adapter_shares_the_weights_and_scores_as_with_transformers(
     merged = TransformersEngine(spec, THREADS)
     groups = demo_groups[:8]
     assert_same(vllm.strong.score(groups), merged.score(groups))
+    greedy = [request(group.prefix_ids, (0,), temperature=0.0) for group in groups[:4]]
+    samples = vllm.strong.generate(greedy)
+    assert samples == merged.generate(greedy)
+    assert samples != vllm.weak.generate(greedy)
     merged.close()
     pairs = zip(chain(*vllm.strong.score(groups)), chain(*vllm.weak.score(groups)), strict=True)
     differences = [np.abs(strong - weak).max() for strong, weak in pairs]
@@ -218,6 +223,23 @@ def test_the_same_seed_gives_the_same_sample(vllm: Pair, demo_groups: list[Scori
     assert one != other
     [_, [again]] = vllm.weak.generate([request(second, (5,)), request(first, (5,))])
     assert again == one
+
+
+def test_samples_of_a_prompt_share_its_prefill(
+    vllm: Pair, text_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Any] = []
+
+    def ask(requests: Any) -> Any:
+        answers.extend(VllmEngine.ask(vllm.strong, requests))
+        return answers
+
+    monkeypatch.setattr(vllm.strong, "ask", ask)
+    prefix = tuple(text_ids[6000 : 6000 + 3 * BLOCK + 5])
+    [samples] = vllm.strong.generate([request(prefix, (1, 2, 3, 4))])
+    # All are asked at once, and the first computes the three whole blocks for the others.
+    assert [answer.num_cached_tokens for answer in answers] == [0, *[3 * BLOCK] * 3]
+    assert len({sample.token_ids for sample in samples}) == 4
 
 
 @pytest.mark.parametrize(
@@ -255,8 +277,10 @@ def test_the_version_names_vllm_and_torch(vllm: Pair) -> None:
 
 def test_no_process_is_left_when_the_last_engine_is_closed(vllm: Pair) -> None:
     vllm.weak.close()
-    assert len(vllm_cores()) == 1
+    (core,) = vllm_cores()
+    processes = [core, *core.children(recursive=True)]
     vllm.strong.close()
+    assert not any(map(is_alive, processes))
     assert not vllm_cores()
 
 
@@ -264,18 +288,15 @@ def test_an_engine_whose_core_is_killed_says_so_and_can_be_loaded_again() -> Non
     for _ in range(2):
         engine = VllmEngine(WEAK, THREADS)
         (core,) = vllm_cores()
+        processes = [core, *core.children(recursive=True)]
         core.kill()
         with pytest.raises(EngineDied):
             engine.score([ScoringGroup((1, 2), ((3, 4),))])
         engine.close()
+        assert not any(map(is_alive, processes))
         assert not vllm_cores()
 
 
 def vllm_cores() -> list[psutil.Process]:
-    """Children of this process that hold an engine core (its worker is their child)."""
-    return [
-        process
-        for process in psutil.Process().children()
-        if process.status() != psutil.STATUS_ZOMBIE
-        and "resource_tracker" not in " ".join(process.cmdline())
-    ]
+    """Descendants of this process that hold an engine core; its workers are below them."""
+    return [p for p in find_engine_processes() if is_alive(p) and "EngineCore" in p.cmdline()[0]]

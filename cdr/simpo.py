@@ -230,12 +230,11 @@ def _check_search(config: SimpoConfig, pairs: Pairs, points: int, processes: int
 
 def _save_policy(trainer: SimpoTrainer, folder: Path, point: PointConfig, start: Path) -> None:
     """Write an adapter, or a whole model with the start model's tokenizer; all processes call."""
-    if point.lora_rank is not None:
-        if trainer.is_world_process_zero():
-            save_adapter(trainer.model, folder, point.base_name)
-        return
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
+        return
+    if point.lora_rank is not None:
+        save_adapter(trainer.model, folder, point.base_name, state)
         return
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in SMALL_FILES:
@@ -248,6 +247,8 @@ def _save_policy(trainer: SimpoTrainer, folder: Path, point: PointConfig, start:
     network.save_pretrained(
         str(folder), state_dict={name: tensor.to(dtype) for name, tensor in state.items()}
     )
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # the library makes it readable by its owner alone
 
 
 def _publish(source: Path, target: Path) -> None:

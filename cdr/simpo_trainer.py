@@ -198,6 +198,8 @@ def make_trainer(
     network = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, use_safetensors=True)
     measured = bool(pairs.validation)
     early_stop = measured and point.early_stop is not None
+    # The launcher sets it from an option of its own; what a policy is made of is the config's.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     arguments = CPOConfig(
         output_dir=str(checkpoints),
         loss_type="simpo",

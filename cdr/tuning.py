@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -126,15 +126,25 @@ def round_trained(model: Any) -> None:
                 parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def save_adapter(model: Any, folder: Path, base_name: str) -> None:
-    """Write adapter_model.safetensors in bfloat16 and adapter_config.json without any path."""
+def save_adapter(
+    model: Any, folder: Path, base_name: str, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write adapter_model.safetensors in bfloat16 and adapter_config.json without any path.
+
+    Args:
+        model: with the adapter.
+        folder: where to; it is made.
+        base_name: what the adapter's config calls the start model.
+        state: the model's state where it is sharded and has been gathered; None to take it from
+            the model.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in sorted(get_peft_model_state_dict(model).items())
+        for name, tensor in sorted(get_peft_model_state_dict(model, state).items())
     }
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)  # the library makes it readable by its owner alone

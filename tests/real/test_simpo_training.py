@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from cdr import simpo, simpo_trainer  # noqa: E402 - only where TRL is
+from cdr import simpo_trainer  # noqa: E402 - only where TRL is
 from cdr.errors import ConfigError, InputError, Stopped, TrainingError  # noqa: E402
-from cdr.simpo_config import PointConfig, SimpoConfig, list_points  # noqa: E402
-from cdr.training_run import TrainingRun  # noqa: E402
+from cdr.simpo_config import list_points  # noqa: E402
 from tests.tiny_model import save_tiny_model  # noqa: E402
+from tests.toy_search import FakeRun, make_config, search  # noqa: E402
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -29,72 +27,9 @@ pytestmark = [
 ]
 
 
-class FakeRun:
-    """What a search asks of the run around it; stops with the step after some log entries."""
-
-    origin: Mapping[str, Any] = {"dataset": "toy"}
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.curves: list[tuple[int, dict[str, Any]]] = []
-        self.points: list[str] = []
-        self._stop_after = stop_after
-
-    @property
-    def stop_requested(self) -> str | None:
-        steps = sum("loss" in numbers for _, numbers in self.curves)
-        return "SIGTERM" if self._stop_after is not None and steps >= self._stop_after else None
-
-    @contextlib.contextmanager
-    def point(self, point: PointConfig) -> Iterator[None]:
-        self.points.append(point.name)
-        yield
-
-    def log_curves(self, numbers: Mapping[str, Any], step: int) -> None:
-        self.curves.append((step, dict(numbers)))
-
-    def log_point(self, metrics: Mapping[str, Any]) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("start"))
-
-
-def make_config(start: Path, output: Path, **changes: Any) -> SimpoConfig:
-    (output / "pairs").mkdir(parents=True, exist_ok=True)
-    for split, numbers in (("train", range(6)), ("validation", range(6, 8))):
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": f"Question {i}?"}],
-                "chosen": [{"role": "assistant", "content": f"Yes, {i} it is."}],
-                "rejected": [{"role": "assistant", "content": "No." if i else "No. " * 50}],
-                "domain": "chat" if i % 2 else "safety",
-                "split": split,
-            }
-            for i in numbers
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (output / "pairs" / f"{split}.jsonl").write_text(text)
-    training = {
-        "batch_size": 1, "max_length": 60, "dtype": "float32", "lora": {"rank": 2},
-        "eval_steps": 2, "save_steps": 2, "epochs": 1,
-    }  # fmt: skip
-    tree = {
-        "warehouse": "w",
-        "preferences": {"dataset": "toy"},
-        "start": {"path": str(start), "name": "tiny"},
-        "output": str(output),
-        "search": {"learning_rates": [1e-3], "betas": [10]},
-        "training": {**training, **changes.pop("training", {})},
-        "tracking": {"enabled": False},
-        **changes,
-    }
-    return SimpoConfig.model_validate(tree)
-
-
-def search(config: SimpoConfig, run: FakeRun) -> dict[str, Any]:
-    return simpo.search_policy(config, cast(TrainingRun, run))
 
 
 def test_loss_is_the_formulas_on_values_computed_by_hand(start: Path, tmp_path: Path) -> None:
@@ -186,6 +121,7 @@ def test_whole_model_is_saved_so_that_it_loads(start: Path, tmp_path: Path) -> N
     before = AutoModelForCausalLM.from_pretrained(start)
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template
+    assert (tmp_path / "policy" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert metrics["points"]["lr-0.001_beta-10"]["training"]["steps"] == 5
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from deltalake import DeltaTable
@@ -24,7 +30,8 @@ from jobs.train_simpo import main
 from tests.spark.annotated import REWARD, Annotated
 from tests.tiny_model import save_tiny_model
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "train-simpo.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "how-to" / "train-simpo.md"
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -203,3 +210,55 @@ def test_one_start_at_a_time_trains_in_a_folder(warehouse: Annotated, start: Pat
     with work_alone(output), pytest.raises(SetupError, match="still at work in this folder"):
         main(["--config", config])
     assert [file.name for file in output.iterdir()] == ["lock"]
+
+
+def test_a_signal_to_the_launcher_ends_two_processes_in_good_order_in_one_mlflow_run(
+    warehouse: Annotated, start: Path, tmp_path: Path
+) -> None:
+    training = {"batch_size": 2, "max_length": 200, "dtype": "float32", "lora": {"rank": 2}}
+    config = write_config(
+        warehouse,
+        start,
+        search={"learning_rates": [1e-3], "betas": [10]},
+        training={**training, "epochs": 10_000, "save_steps": 5},  # much longer than it is let be
+    )
+    command = ["torch.distributed.run", "--nproc-per-node=2", "-m", "jobs.train_simpo"]
+    log, folder = tmp_path / "log", tmp_path / "out" / "points" / "lr-0.001_beta-10" / "checkpoints"
+    with log.open("w") as stream:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", *command, "--config", config],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    children: list[psutil.Process] = []
+    try:
+        while not list(folder.glob("checkpoint-*/trainer_state.json")):
+            assert launcher.poll() is None, log.read_text()[-4000:]
+            time.sleep(0.2)
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.terminate()
+        assert launcher.wait(200) == 1  # whatever its processes' codes are
+        assert not psutil.wait_procs(children, 10)[1]
+    finally:
+        for process in (*children, launcher):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        launcher.wait()
+    assert "stopped: SIGTERM" in log.read_text()
+    (row,) = [row for row in warehouse.rows("runs") if row["job"] == "train_simpo"]
+    assert (row["outcome"], row["error"]) == ("stopped", "SIGTERM")
+
+    client = MlflowClient(f"sqlite:///{warehouse.warehouse}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'cdr-simpo'")
+    runs = client.search_runs([experiment.experiment_id])
+    (search,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    (point,) = [run for run in runs if run is not search]
+    assert search.info.run_id == row["mlflow_run_id"] == point.data.tags["mlflow.parentRunId"]
+    # One point of the curve per step, and the checkpoint is of the last one.
+    steps = [entry.step for entry in client.get_metric_history(point.info.run_id, "loss")]
+    last = max(
+        int(file.parent.name.partition("-")[2]) for file in folder.glob("*/trainer_state.json")
+    )
+    assert steps == list(range(1, last + 1))

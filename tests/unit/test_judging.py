@@ -1,7 +1,7 @@
 """Judging: what the tools are told, what is read back, and that nothing is asked twice.
 
 The tools themselves are replaced by a program that leaves the files they leave; it notes how it was
-called. The real ones (alpaca_eval 0.6.6, fschat 0.2.36) were run against a stub endpoint by hand.
+called. `make check-tools` runs the real ones.
 """
 
 from __future__ import annotations

@@ -243,10 +243,11 @@ def _save_policy(trainer: SimpoTrainer, folder: Path, point: PointConfig, start:
                 shutil.copyfile(file, folder / file.name)
     dtype = getattr(torch, point.dtype)
     network = trainer.accelerator.unwrap_model(trainer.model)
-    network.config.dtype = dtype
     network.save_pretrained(
         str(folder), state_dict={name: tensor.to(dtype) for name, tensor in state.items()}
     )
+    network.config.dtype = dtype  # it has noted that of the weights in training
+    network.config.save_pretrained(str(folder))
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # the library makes it readable by its owner alone
 

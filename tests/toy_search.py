@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from cdr import simpo, simpo_trainer
 from cdr.checkpoints import read_json, write_json
-from cdr.errors import CdrError
+from cdr.errors import CdrError, Stopped
 from cdr.simpo_config import PointConfig, SimpoConfig
 from cdr.training_run import TrainingRun
 from cdr.tuning import is_first_process
@@ -161,7 +161,7 @@ def train(config: SimpoConfig, is_interrupted: bool) -> dict[str, Any]:
         try:
             with surroundings:
                 search(config, run)
-        except CdrError as error:
+        except (CdrError, Stopped) as error:
             ends.append(f"{type(error).__name__}: {error}")
         else:
             ends.append("done")

@@ -134,6 +134,14 @@ class SimpoTrainer(CPOTrainer):  # type: ignore[misc]  # trl ships no types
             loss, *_ = self.cpo_loss(chosen, rejected)
         return loss.mean(), torch.stack([chosen, rejected], dim=1), inputs["index"]
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The step just measured counts as the best if its folder is there, which each process looks
+        # up for itself. With FSDP the folder comes only afterwards, by whoever is first: some
+        # processes would load another step than the rest at the end, or wait for them for ever.
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def _clip_grad_norm(self, model: Any) -> Any:
         # After the processes have added up their gradients and before these change a weight: all
         # processes find out at the same time, and no checkpoint has seen the step.

@@ -17,6 +17,7 @@ from typing import Any
 
 import boto3
 import pytest
+import requests
 from moto.moto_api import recorder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,8 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
     }.items():
         monkeypatch.setenv(name, value)
+    # What a test before this one has made lives in this process, and not in its server.
+    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=60).raise_for_status()
     boto3.client("s3").create_bucket(Bucket="my-bucket")
     monkeypatch.chdir(tmp_path)  # the recording lies in the working directory
     recorder.start_recording()

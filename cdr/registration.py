@@ -73,6 +73,7 @@ def register_reward(
     uri: str,
     name: str | None = None,
     alias: str | None = None,
+    experiment: str = EXPERIMENT,
     force: bool = False,
 ) -> Registration:
     """Register a reward, unless the latest version is the same one.
@@ -82,6 +83,7 @@ def register_reward(
         uri: tracking URI, see `find_store`.
         name: name in the registry; None takes the reward's own.
         alias: is let stand for the version, new or not.
+        experiment: of the run that logs a new version.
         force: make a new version in any case.
 
     Raises:
@@ -97,7 +99,7 @@ def register_reward(
     latest = registry.find_latest(name)
     is_new = force or latest is None or latest.reward_key != plan.key
     if is_new:
-        version = _log(plan, registry, name)
+        version = _log(plan, registry, name, experiment)
     else:
         assert latest is not None
         version = latest
@@ -164,9 +166,9 @@ def _refuse_passwords(plan: RewardPlan) -> None:
         )
 
 
-def _log(plan: RewardPlan, registry: Registry, name: str) -> RewardVersion:
+def _log(plan: RewardPlan, registry: Registry, name: str, experiment: str) -> RewardVersion:
     """Log the model in a run of its own and make a version of it."""
-    tracking = TrackingSpec(uri=registry.uri, experiment=EXPERIMENT)
+    tracking = TrackingSpec(uri=registry.uri, experiment=experiment)
     tags = {
         "cdr.job": "register_reward",
         "cdr.reward_name": plan.spec.name,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from cdr.cli import OK, end, run_job
 from cdr.plan import plan_reward
-from cdr.registration import Registration, find_store, register_reward
+from cdr.registration import EXPERIMENT, Registration, find_store, register_reward
 from cdr.reward_config import load_reward_config
 from cdr.tracking import redact, ui_command
 
@@ -51,6 +51,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--alias", metavar="ALIAS", help="name for this version from now on, such as champion")
     add("--warehouse", metavar="FOLDER", help="use the SQLite store of this warehouse")
     add("--tracking-uri", metavar="URI", help="MLflow store; default: MLFLOW_TRACKING_URI")
+    experiment = "MLflow experiment of the run that logs a version; on Databricks an absolute path"
+    add(
+        "--experiment",
+        default=EXPERIMENT,
+        metavar="NAME",
+        help=f"{experiment} (default: {EXPERIMENT})",
+    )
     add(
         "--force",
         action="store_true",
@@ -71,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         uri=uri,
         name=args.name,
         alias=args.alias,
+        experiment=args.experiment,
         force=args.force,
     )
     print(render(done))

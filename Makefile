@@ -96,11 +96,12 @@ HAS_DEMO_PAIRS := $(filter $(DEMO_PAIRS),$(PAIRS))
 EVAL ?= conf/evaluate/demo.yaml
 PAIRS_NAME := $(basename $(notdir $(abspath $(PAIRS))))$(if $(HELD_OUT),-held-out)
 EVALUATED := $(if $(HELD_OUT),$(WAREHOUSE)/$(PAIRS_NAME).jsonl,$(PAIRS))
+HOLD_OUT := $(if $(HELD_OUT),$(BIN)/python -m jobs.hold_out --pairs $(PAIRS) --output $(EVALUATED))
 EVAL_INPUT := $(if $(HAS_DEMO_PAIRS),,--set dataset=$(PAIRS_NAME) --set 'input.path=$(EVALUATED)')
 EVAL_SAMPLE := $(if $(HAS_DEMO_PAIRS)$(filter all,$(ROWS)),,--quick --set quick.pairs=120)
 
 eval-demo: setup java ## Evaluate the demo's rewards on labelled pairs (PAIRS=folder HELD_OUT=1 ROWS=all)
-	@$(if $(HELD_OUT),$(BIN)/python -m jobs.hold_out --pairs $(PAIRS) --output $(EVALUATED))
+	@$(HOLD_OUT)
 	@$(SUBMIT) jobs/evaluate.py --config $(EVAL) --set warehouse=$(WAREHOUSE) \
 	  $(EVAL_INPUT) $(EVAL_SAMPLE) $(ARGS)
 
@@ -180,7 +181,7 @@ $(DONE)/held-out: $(DONE)/sampled-start $(DONE)/sampled-plain $(DONE)/sampled-ad
 	  $(ANNOTATE) $$reward --set dataset=loop-held-out || exit 1; done && touch $@
 
 $(DONE)/$(COMPARISON): $(DONE)/held-out
-	@$(if $(HELD_OUT),$(BIN)/python -m jobs.hold_out --pairs $(PAIRS) --output $(EVALUATED))
+	@$(HOLD_OUT)
 	@$(SUBMIT) jobs/evaluate.py --config conf/evaluate/loop.yaml --set warehouse=$(LOOP) \
 	  $(EVAL_INPUT) $(EVAL_SAMPLE)
 	@$(LOOP_SQL) --hivevar pairs=$(COMPARED_ON) -f conf/demo/loop.sql > $(LOOP)/$(COMPARISON).txt && touch $@

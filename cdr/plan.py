@@ -217,7 +217,7 @@ def check_keys(rewards: Mapping[str, RewardSpec]) -> None:
     """
     missing: dict[str, list[str]] = {}
     for name, reward in rewards.items():
-        if reward.is_asked_by_api and (api := reward.models["judge"].api):
+        if (api := reward.judge_api) is not None:
             try:
                 read_key(api)
             except SetupError:

@@ -1,6 +1,6 @@
 """What scoring costs, side by side: our engines, and what others do, on the same rows in one run.
 
-    make bench-scoring                                # the demo model; a quarter of an hour
+    make bench-scoring                                # the demo model; twenty minutes
     make bench-scoring ARGS=--quick                   # fewer and smaller cases, for a slow CPU
     python benchmarks/scoring.py --prefixes 800 --completions 16
 
@@ -16,7 +16,11 @@ unsteady that even float32 rounding shows):
 The case "domain" is one of two candidates per prompt: 600 tokens that all prompts share, 100 of the
 prompt's own. Useful FLOPs count what must be computed at least: matmuls and attention with every
 shared token once, the LM head on completion rows only. Their rate is set against the matmul peak
-measured in the same run. Other work on the machine slows all ways: read ratios, not seconds.
+measured in the same run.
+
+Ratios count, not seconds. The ways take turns at every case, so that a machine that changes its
+speed does so for all of them, and cases with a goal are measured three times, each time with other
+text: theirs are medians.
 
 Agreement is told on the demo's real rows: mean |Δ| per token between our two engines, rank
 correlation of a prompt's candidates, and how often both find the same candidate likeliest.
@@ -30,11 +34,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import contextlib
 import itertools
 import json
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -44,7 +50,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdr.demo_model import resolve_demo_model_dir
-from cdr.engines.base import EngineSpec, LogprobEngine, ScoringGroup, TokenLogprobs, make_engine
+from cdr.engines.base import EngineSpec, ScoringGroup, TokenLogprobs, make_engine
 from cdr.engines.hardware import count_cores, matmul_flops, resolve_dtype
 from cdr.engines.prefix_tree import build_prefix_tree
 from cdr.engines.vllm_scoring import CoreRequest
@@ -52,30 +58,55 @@ from cdr.engines.vllm_setup import find_vllm_version
 
 TEXT = Path(__file__).resolve().parents[1] / "conf" / "demo" / "completions.jsonl"
 LOOP, TRANSFORMERS, DEFAULT, VLLM = "loop", "transformers", "vllm default", "vllm"
-DOMAIN = "domain"
+MANY, DOMAIN = "800 × 16", "domain"
 DOMAIN_TOKENS, OWN_TOKENS, DOMAIN_PROMPTS = 600, 100, 8
 
 Scores = list[list[TokenLogprobs]]
 
 
-@dataclass
-class Case:
-    """Groups to score, what they cost at least, and what each way took and gave."""
+Way = Callable[[Sequence[ScoringGroup]], Scores]
 
-    name: str
-    groups: list[ScoringGroup]
-    flops: float = 0.0
+
+@dataclass
+class Round:
+    """Groups to score, and what each way took and gave."""
+
+    groups: Sequence[ScoringGroup]
     wall_s: dict[str, float] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
+
+    def run(self, ways: Mapping[str, Way]) -> None:
+        """Let each way score the groups."""
+        for way, score in ways.items():
+            begin = time.perf_counter()
+            self.scores[way] = score(self.groups)
+            self.wall_s[way] = time.perf_counter() - begin
+
+    def difference(self, way: str, other: str) -> float:
+        """Give the mean |Δ| of two ways, in nats per token."""
+        pairs = zip(chain(*self.scores[way]), chain(*self.scores[other]), strict=True)
+        return float(np.concatenate([np.abs(one - two) for one, two in pairs]).mean())
+
+
+@dataclass
+class Case:
+    """Rounds of one shape: as many tokens, other text."""
+
+    name: str
+    rounds: list[Round]
 
     @property
     def tokens(self) -> int:
         """Completion tokens."""
-        return sum(len(ids) for group in self.groups for ids in group.completions_ids)
+        return sum(len(ids) for group in self.rounds[0].groups for ids in group.completions_ids)
+
+    def wall_s(self, way: str) -> float:
+        """Give the median of a way's seconds."""
+        return statistics.median(one.wall_s[way] for one in self.rounds)
 
     def gain(self, way: str, over: str) -> float:
         """How many times faster one way was than another."""
-        return self.wall_s[over] / self.wall_s[way]
+        return statistics.median(one.wall_s[over] / one.wall_s[way] for one in self.rounds)
 
 
 def main() -> None:
@@ -83,22 +114,42 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     cases = list(make_cases(tokenizer, args))
-    demo = Case("demo", make_demo_groups(tokenizer, args.demo_prompts))
+    demo = Round(make_demo_groups(tokenizer, args.demo_prompts))
+    groups = [*demo.groups, *(g for case in cases for one in case.rounds for g in one.groups)]
     spec = EngineSpec(
         name="benchmark",
         engine="transformers",
         path=args.model,
         dtype=resolve_dtype(args.dtype),
-        max_length=max(len(g.prefix_ids) + 256 for case in (*cases, demo) for g in case.groups),
+        max_length=max(len(group.prefix_ids) for group in groups) + 256,
     )
-    # One after the other, each with the machine to itself.
-    run_loop(spec, cases, args.loop_batch)
-    run_transformers(spec, cases, demo, args.threads)
-    if find_vllm_version() is None:
-        print("vLLM is not installed, its columns are left out: make setup-vllm")
-    else:
-        run_vllm(spec, cases, demo, args.threads)
-    report(spec, cases, demo, args.threads, matmul_flops(spec.dtype))
+    peak = matmul_flops(spec.dtype)
+    with contextlib.ExitStack() as stack:
+        loop = load_loop(spec)
+        ways: dict[str, Way] = {
+            LOOP: lambda groups: [score_in_loop(loop, g, args.loop_batch) for g in groups],
+            **dict(load_engines(spec, args.threads, stack)),
+        }
+        # Warms all of them up: kernels are compiled and weights packed on first use.
+        demo.run(ways)
+        for number in range(max(len(case.rounds) for case in cases)):
+            for case in cases:
+                if number < len(case.rounds):
+                    case.rounds[number].run(ways)
+        flops = [count_useful_flops(loop, case.rounds[0].groups) for case in cases]
+    print(
+        f"\n{spec.path}, {spec.dtype}, {args.threads} threads, "
+        f"matmul peak {peak / 1e12:.3f} TFLOP/s; cases are prefix tokens × completions\n"
+    )
+    print_table(cases, [one / peak for one in flops])
+    if VLLM in demo.scores:
+        rows = sum(len(group.completions_ids) for group in demo.groups)
+        print(
+            f"\nagreement of vllm with transformers on {rows} real rows of {len(demo.groups)} "
+            f"prompts, {spec.dtype}: mean |Δ| {demo.difference(VLLM, TRANSFORMERS):.1e} nats "
+            f"per token, {describe_ranks(demo)}"
+        )
+    print(f"\n{describe_goals(cases)}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,6 +161,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prefixes", type=int, nargs="+", default=[64, 800, 1600])
     parser.add_argument("--completions", type=int, nargs="+", default=[1, 2, 8, 16, 32])
     parser.add_argument("--completion-tokens", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=3, help="of the cases that have a goal")
     parser.add_argument("--demo-prompts", type=int, default=56, help="of four candidates each")
     parser.add_argument("--loop-batch", type=int, default=8, help="completions per forward")
     parser.add_argument("--threads", type=int, default=count_cores())
@@ -132,20 +184,27 @@ def make_cases(tokenizer: Any, args: argparse.Namespace) -> Iterator[Case]:
         size = args.completion_tokens
         return ScoringGroup(prefix, tuple(cut(start + i * size, size) for i in range(count)))
 
-    # Other starts for other cases: no engine may profit from the case before.
+    # Other text for every round: no engine may profit from the one before.
     starts = itertools.count(0, 97)
-    for length in args.prefixes:
-        for count in args.completions:
-            start = next(starts)
-            yield Case(f"{length} × {count}", [group(cut(start, length), count, start + length)])
-    start = next(starts)
-    shared = cut(start, DOMAIN_TOKENS)
-    step = OWN_TOKENS + 2 * args.completion_tokens
-    own = [start + DOMAIN_TOKENS + i * step for i in range(DOMAIN_PROMPTS)]
-    yield Case(
-        DOMAIN,
-        [group(shared + cut(begin, OWN_TOKENS), 2, begin + OWN_TOKENS) for begin in own],
-    )
+
+    def plain(length: int, count: int) -> Round:
+        start = next(starts)
+        return Round([group(cut(start, length), count, start + length)])
+
+    def domain() -> Round:
+        start = next(starts)
+        shared = cut(start, DOMAIN_TOKENS)
+        step = OWN_TOKENS + 2 * args.completion_tokens
+        own = [start + DOMAIN_TOKENS + i * step for i in range(DOMAIN_PROMPTS)]
+        return Round(
+            [group(shared + cut(begin, OWN_TOKENS), 2, begin + OWN_TOKENS) for begin in own]
+        )
+
+    for length, count in itertools.product(args.prefixes, args.completions):
+        name = f"{length} × {count}"
+        rounds = args.rounds if count == 1 or name == MANY else 1
+        yield Case(name, [plain(length, count) for _ in range(rounds)])
+    yield Case(DOMAIN, [domain() for _ in range(args.rounds)])
 
 
 def make_demo_groups(tokenizer: Any, num_prompts: int) -> list[ScoringGroup]:
@@ -165,17 +224,11 @@ def make_demo_groups(tokenizer: Any, num_prompts: int) -> list[ScoringGroup]:
     return groups[:num_prompts]
 
 
-def run_loop(spec: EngineSpec, cases: Sequence[Case], batch: int) -> None:
+def load_loop(spec: EngineSpec) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         spec.path, dtype=getattr(torch, spec.dtype), device_map={"": device}
     ).eval()
-    score_in_loop(model, ScoringGroup(cases[0].groups[0].prefix_ids[:8], ((1,),)), 1)
-    for case in cases:
-        case.flops = count_useful_flops(model, case.groups)
-        time_way(
-            case, LOOP, lambda case=case: [score_in_loop(model, g, batch) for g in case.groups]
-        )
 
 
 @torch.inference_mode()
@@ -201,31 +254,29 @@ def score_in_loop(model: Any, group: ScoringGroup, batch_size: int) -> list[Toke
     return scores
 
 
-def run_transformers(spec: EngineSpec, cases: Sequence[Case], demo: Case, threads: int) -> None:
-    engine = make_engine(spec, num_threads=threads)
-    run_engine(engine, TRANSFORMERS, cases, demo)
-    engine.close()
-
-
-def run_vllm(spec: EngineSpec, cases: Sequence[Case], demo: Case, threads: int) -> None:
+def load_engines(
+    spec: EngineSpec, threads: int, stack: contextlib.ExitStack
+) -> Iterator[tuple[str, Way]]:
+    transformers = make_engine(spec, num_threads=threads)
+    stack.callback(transformers.close)
+    yield TRANSFORMERS, transformers.score
+    if find_vllm_version() is None:
+        print("vLLM is not installed, its columns are left out: make setup-vllm")
+        return
     from cdr.engines.vllm import VllmEngine
 
     begin = time.perf_counter()
-    engine = VllmEngine(EngineSpec(**{**vars(spec), "engine": "vllm"}), num_threads=threads)
-    print(f"vLLM loaded in {time.perf_counter() - begin:.0f} s: {engine.engine_version}")
-    # Ours first: the default does not read the cache, but what it leaves there would help ours.
-    run_engine(engine, VLLM, cases, demo)
-    print(f"requests sent again without the prefix cache: {engine.num_resubmitted}")
-    for case in cases:
-        time_way(case, DEFAULT, lambda case=case: score_by_default(engine, case.groups))
-    engine.close()
-
-
-def run_engine(engine: LogprobEngine, way: str, cases: Sequence[Case], demo: Case) -> None:
-    # The demo's rows warm it up: kernels are compiled and weights packed on first use.
-    time_way(demo, way, lambda: engine.score(demo.groups))
-    for case in cases:
-        time_way(case, way, lambda case=case: engine.score(case.groups))
+    # Half of a GPU: the other ways have their weights there too.
+    share = 0.5 if torch.cuda.is_available() else None
+    vllm = VllmEngine(replace(spec, engine="vllm", memory_fraction=share), num_threads=threads)
+    stack.callback(vllm.close)
+    print(f"vLLM loaded in {time.perf_counter() - begin:.0f} s: {vllm.engine_version}")
+    stack.callback(
+        lambda: print(f"requests sent again without the prefix cache: {vllm.num_resubmitted}")
+    )
+    yield VLLM, vllm.score
+    # After ours: the default does not read the cache, but what it leaves there would help ours.
+    yield DEFAULT, lambda groups: score_by_default(vllm, groups)
 
 
 def score_by_default(engine: Any, groups: Sequence[ScoringGroup]) -> Scores:
@@ -239,12 +290,6 @@ def score_by_default(engine: Any, groups: Sequence[ScoringGroup]) -> Scores:
         for a, (_, ids) in zip(answers, rows, strict=True)
     )
     return [[next(found) for _ in group.completions_ids] for group in groups]
-
-
-def time_way(case: Case, way: str, score: Callable[[], Scores]) -> None:
-    begin = time.perf_counter()
-    case.scores[way] = score()
-    case.wall_s[way] = time.perf_counter() - begin
 
 
 def count_useful_flops(model: Any, groups: Sequence[ScoringGroup]) -> float:
@@ -262,40 +307,31 @@ def count_useful_flops(model: Any, groups: Sequence[ScoringGroup]) -> float:
     return 2.0 * body * len(tree) + 2.0 * head * len(tree.target_ids) + attention
 
 
-def report(spec: EngineSpec, cases: Sequence[Case], demo: Case, threads: int, peak: float) -> None:
-    print(
-        f"\n{spec.path}, {spec.dtype}, {threads} threads, "
-        f"matmul peak {peak / 1e12:.3f} TFLOP/s; cases are prefix tokens × completions\n"
-    )
+def print_table(cases: Sequence[Case], ideal_s: Sequence[float]) -> None:
+    """Print a row per case and way.
+
+    Args:
+        cases: measured.
+        ideal_s: what each would take at the matmul peak.
+    """
     head = f"{'case':<11}{'way':<14}{'wall s':>8}{'tokens/s':>10}{'× loop':>8}{'× default':>11}"
     print(f"{head}{'of peak':>9}{'mean |Δ|':>10}")
-    for case in cases:
-        for way, wall_s in case.wall_s.items():
+    for case, ideal in zip(cases, ideal_s, strict=True):
+        first = case.rounds[0]
+        for way in first.wall_s:
+            wall_s = case.wall_s(way)
             gains = [
-                f"{case.gain(way, other):.1f}" if other in case.wall_s else "-"
+                f"{case.gain(way, other):.2f}" if other in first.wall_s else "-"
                 for other in (LOOP, DEFAULT)
             ]
             print(
                 f"{case.name:<11}{way:<14}{wall_s:>8.2f}{case.tokens / wall_s:>10.0f}"
-                f"{gains[0]:>8}{gains[1]:>11}{case.flops / wall_s / peak:>9.0%}"
-                f"{mean_difference(case, way, LOOP):>10.1e}"
+                f"{gains[0]:>8}{gains[1]:>11}{ideal / wall_s:>9.0%}"
+                f"{first.difference(way, LOOP):>10.1e}"
             )
-    if VLLM in demo.scores:
-        rows = sum(len(group.completions_ids) for group in demo.groups)
-        print(
-            f"\nagreement of vllm with transformers on {rows} real rows of {len(demo.groups)} "
-            f"prompts, {spec.dtype}: mean |Δ| {mean_difference(demo, VLLM, TRANSFORMERS):.1e} nats "
-            f"per token, {describe_ranks(demo)}"
-        )
-    print(f"\n{describe_goals(cases)}")
 
 
-def mean_difference(case: Case, way: str, other: str) -> float:
-    pairs = zip(chain(*case.scores[way]), chain(*case.scores[other]), strict=True)
-    return float(np.concatenate([np.abs(one - two) for one, two in pairs]).mean())
-
-
-def describe_ranks(demo: Case) -> str:
+def describe_ranks(demo: Round) -> str:
     """Compare the order of each prompt's candidates by log-prob sum."""
     ranks, same = [], 0
     for one, other in zip(demo.scores[VLLM], demo.scores[TRANSFORMERS], strict=True):
@@ -312,8 +348,8 @@ def describe_ranks(demo: Case) -> str:
 def describe_goals(cases: Sequence[Case]) -> str:
     """Tell which goals of this benchmark are met, on the cases that were run."""
     by_name = {case.name: case for case in cases}
-    goals = [("800 × 16", way, LOOP, 4.0) for way in (TRANSFORMERS, VLLM)]
-    goals += [("800 × 16", way, DEFAULT, 5.0) for way in (TRANSFORMERS, VLLM)]
+    goals = [(MANY, way, LOOP, 4.0) for way in (TRANSFORMERS, VLLM)]
+    goals += [(MANY, way, DEFAULT, 5.0) for way in (TRANSFORMERS, VLLM)]
     goals += [(DOMAIN, TRANSFORMERS, LOOP, 3.0), (DOMAIN, VLLM, DEFAULT, 3.0)]
     for name in by_name:
         if name.endswith("× 1"):
@@ -321,7 +357,7 @@ def describe_goals(cases: Sequence[Case]) -> str:
     told = []
     for name, way, other, goal in goals:
         case = by_name.get(name)
-        if case is None or not {way, other} <= case.wall_s.keys():
+        if case is None or not {way, other} <= case.rounds[0].wall_s.keys():
             continue
         gain = case.gain(way, other)
         verdict = "met" if gain >= goal else "MISSED"

@@ -1,120 +1,210 @@
-"""What Spark and the engine host cost: the same groups through the bare engine and through both.
+"""What all but the models costs: a whole annotate run, and the bare engines on the same rows.
 
-    python benchmarks/spark_overhead.py                             # three rounds of a minute
-    python benchmarks/spark_overhead.py --prompts 900 --rounds 1    # work of more than ten minutes
+    python benchmarks/spark_overhead.py                  # 60 prompts; the fixed cost shows
+    python benchmarks/spark_overhead.py --prompts 1000   # work of more than ten minutes
 
-Both run in turn in one process tree on the demo model; the ratio is what counts. A first pass over
-a few prompts starts the host and loads both models: its time is told and is not in the ratio.
-The Spark side is the job's own scoring function (`udfs.score.make_score`) over a DataFrame of token
-ids, with the rows of the wave in one task. Log-probs of both sides are compared.
+The run is `jobs/annotate.py` with the demo's reward on a warehouse of its own: it reads, routes,
+encodes, scores with both models, commits its waves, weighs, pairs, writes the report page and an
+MLflow run. The bare side is the router and the two engines in this process, one after the other,
+on the same token ids: half of the prompts before the run and half after it, so that a machine that
+changes its speed meanwhile does so for both. What loads models is told and is in neither time; the
+start of Spark's session is told too. Log-probs and domains of both sides are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
-import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+# Threads that spin while they wait ruin each other's timing as soon as a core is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
-from cdr.config import RunSpec
-from cdr.encoding import ids_hash
-from cdr.engines.base import EngineSpec, ScoringGroup, make_engine
-from cdr.engines.hardware import resolve_dtype
-from cdr.progress import TaskCounter
-from cdr.scoring import SCORED_DDL
+from cdr.encoding import Candidate, ids_hash
+from cdr.engines.base import LogprobEngine, ScoringGroup, make_engine
+from cdr.engines.wire import Outcome
+from cdr.judge_encoding import make_encoder
+from cdr.placement import place
+from cdr.plan import AnnotationPlan
+from cdr.prompt_router import PromptRouter
+from cdr.registry import load_annotation_plan
+from cdr.scoring_run import make_context
 from cdr.session import get_session
-from udfs.score import make_score
+from cdr.stages import group_prompts, load_candidates
+from cdr.summary import read_load_s
+from cdr.tables import LOGPROBS, ROUTES, RUNS
+from cdr.warehouse import Warehouse
+from jobs.annotate import annotate
 
-WARM_UP = 8
-"""Prompts of the first pass, which is not timed."""
+ROOT = Path(__file__).resolve().parents[1]
+
+MINUTES = ("run.wave_tokens=400_000", "run.task_tokens=100_000", "run.request_tokens=16_384")
+"""Waves of minutes on a CPU, as a long run has them; the demo's take seconds."""
 
 
-def make_groups(prompts: int, candidates: int, seed: int = 0) -> list[ScoringGroup]:
-    """Random token ids: a shared head of 200 tokens, prompts of 60, completions of 80."""
-    rng = np.random.default_rng(seed)
+@dataclass
+class Bare:
+    """The engines of a plan in this process, and what they took and gave.
 
-    def draw(size: int) -> tuple[int, ...]:
-        return tuple(rng.integers(100, 40_000, size).tolist())
+    Args:
+        plan: its router and engines are loaded at once.
+    """
 
-    head = draw(200)
-    return [
-        ScoringGroup(head + draw(60), tuple(draw(80) for _ in range(candidates)))
-        for _ in range(prompts)
+    plan: AnnotationPlan
+    spent_s: float = 0.0
+    tokens: int = 0
+    domains: dict[str, str | None] = field(default_factory=dict)
+    logprobs: dict[tuple[str, bytes, bytes], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        route = self.plan.reward.route
+        assert route is not None
+        started = time.perf_counter()
+        self._engines = {spec.name: make_engine(spec) for spec in self.plan.reward.engines}
+        self._router, self._router_engine = PromptRouter(route), make_engine(route.engine)
+        self._encoder = make_encoder(self.plan.reward.encoding)
+        self.load_s = time.perf_counter() - started
+
+    def annotate(self, rows: Sequence[Any]) -> None:
+        """Route and score rows of `cdr.stages.group_prompts`."""
+        run = self.plan.config.run
+        started = time.perf_counter()
+        routes = self._router.route(
+            [row["prompt"] for row in rows],
+            lambda groups: _outcomes(self._router_engine, groups),
+            run.request_tokens,
+        )
+        self.spent_s += time.perf_counter() - started
+        asked: dict[str, dict[ScoringGroup, None]] = {name: {} for name in self._engines}
+        for row, route in zip(rows, routes, strict=True):
+            self.domains[row["prompt_hash"]] = route.domain
+            encoded = self._encoder.encode(
+                [turn.asDict() for turn in row["prompt"]],
+                row["prompt_hash"],
+                route.domain,
+                [Candidate(**candidate.asDict()) for candidate in row["candidates"]],
+            )
+            for view in encoded.views:
+                completions = dict.fromkeys(tuple(candidate.ids) for candidate in view.candidates)
+                group = ScoringGroup(tuple(view.prefix_ids), tuple(completions))
+                asked[view.model_key][group] = None
+        for name, engine in self._engines.items():
+            groups = sorted(asked[name], key=lambda group: group.prefix_ids)
+            started = time.perf_counter()
+            answers = engine.score(groups)
+            self.spent_s += time.perf_counter() - started
+            for group, logprobs in zip(groups, answers, strict=True):
+                self.tokens += len(group.prefix_ids) + sum(map(len, group.completions_ids))
+                for ids, values in zip(group.completions_ids, logprobs, strict=True):
+                    key = (name, ids_hash(group.prefix_ids), ids_hash(ids))
+                    self.logprobs[key] = float(values.sum(dtype=np.float64))
+
+
+def _outcomes(engine: LogprobEngine, groups: Sequence[ScoringGroup]) -> list[list[Outcome[Any]]]:
+    return [[Outcome(logprobs) for logprobs in answers] for answers in engine.score(groups)]
+
+
+def make_rows(prompts: int) -> Iterator[dict[str, str]]:
+    """Give the demo's prompts and completions over and over, no text twice."""
+    lines = (ROOT / "conf/demo/completions.jsonl").read_text(encoding="utf-8").splitlines()
+    by_prompt = [
+        list(rows)
+        for _, rows in itertools.groupby(map(json.loads, lines), key=lambda r: r["prompt_id"])
     ]
+    for number, rows in enumerate(itertools.islice(itertools.cycle(by_prompt), prompts)):
+        for row in rows:
+            yield {
+                "prompt_id": f"{number}",
+                "completion_id": row["completion_id"],
+                "prompt": f"({number}) {row['prompt']}",
+                "completion": f"({number}) {row['completion']}",
+                "finish_reason": row["finish_reason"],
+                "domain": row["domain"],
+            }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--candidates", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    cache = Path(os.environ.get("CDR_CACHE", "~/.cache/cdr")).expanduser()
-    path, dtype = str(cache / "models" / "smollm2-135m-instruct"), resolve_dtype("auto")
-    spec = EngineSpec(name="bench", engine="transformers", path=path, dtype=dtype)
-
-    groups = sorted(make_groups(args.prompts, args.candidates), key=lambda g: g.prefix_ids)
-    tokens = sum(len(g.prefix_ids) + sum(map(len, g.completions_ids)) for g in groups)
-    spark = get_session("cdr benchmark")
-    rows = [
-        (
-            "bench",
-            ids_hash(g.prefix_ids),
-            list(g.prefix_ids),
-            [ids_hash(ids) for ids in g.completions_ids],
-            [list(ids) for ids in g.completions_ids],
-        )
-        for g in groups
-    ]
-    ddl = "model_key string, prefix_hash binary, prefix_ids array<int>, "
-    ddl += "completion_hashes array<binary>, completions_ids array<array<int>>"
-    frame = spark.createDataFrame(rows, ddl).coalesce(1).cache()
-    frame.count()
-    run = RunSpec()
-    function = make_score((spec,), run, TaskCounter.create(spark), "bench")
-    engine = make_engine(spec)
-
-    def through_spark(wave: DataFrame) -> dict[bytes, float]:
-        scored = wave.mapInPandas(function, SCORED_DDL).collect()
-        return {
-            bytes(r["prefix_hash"]) + bytes(r["completion_hash"]): r["logprob_sum"] for r in scored
-        }
-
-    def bare(groups: Sequence[ScoringGroup]) -> dict[bytes, float]:
-        return {
-            ids_hash(g.prefix_ids) + ids_hash(ids): float(logprobs.sum(dtype=np.float64))
-            for g, answers in zip(groups, engine.score(groups), strict=True)
-            for ids, logprobs in zip(g.completions_ids, answers, strict=True)
-        }
-
-    started = time.perf_counter()
-    through_spark(frame.limit(WARM_UP))
-    print(f"host started, model loaded and warm in {time.perf_counter() - started:.1f} s")
-    bare(groups[:WARM_UP])
-    ratios, difference = [], 0.0
-    for _ in range(args.rounds):
-        started = time.perf_counter()
-        expected = bare(groups)
-        middle = time.perf_counter()
-        found = through_spark(frame)
-        ended = time.perf_counter()
-        assert found.keys() == expected.keys()
-        difference = max(difference, *(abs(found[key] - expected[key]) for key in expected))
-        ratios.append((middle - started) / (ended - middle))
-        print(
-            f"bare {tokens / (middle - started):7.0f} tokens/s   "
-            f"through Spark and host {tokens / (ended - middle):7.0f} tokens/s   "
-            f"ratio {ratios[-1]:.2f}"
-        )
-    print(
-        f"median ratio {statistics.median(ratios):.2f}, max |Δ sum| {difference:.4f} nats, {dtype}"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--prompts", type=int, default=60, help="of four candidates each")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args.prompts, args.sets, Path(folder))
+
+
+def measure(prompts: int, sets: Sequence[str], folder: Path) -> None:
+    """Measure in a folder and print what was found."""
+    source = folder / "completions.jsonl"
+    with source.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in make_rows(prompts))
+    plan = load_annotation_plan(
+        ROOT / "conf/annotate/demo.yaml",
+        [f"input.path={source}", f"warehouse={folder}/warehouse", *MINUTES, *sets],
+    )
+    started = time.perf_counter()
+    spark = get_session("cdr benchmark", warehouse=plan.config.warehouse)
+    session_s = time.perf_counter() - started
+    warehouse = Warehouse(spark, plan.config.warehouse, plan.config.tables)
+    plan = place(plan, spark)
+    context = make_context(plan, warehouse)
+    with context.staging:
+        rows = group_prompts(load_candidates(context)).orderBy("prompt_hash").collect()
+
+    bare = Bare(plan)
+    half = len(rows) // 2
+    bare.annotate(rows[:half])
+    started = time.perf_counter()
+    code = annotate(plan, warehouse)
+    job_s = time.perf_counter() - started
+    bare.annotate(rows[half:])
+    assert code == 0, f"the run ended with {code}"
+
+    counts = warehouse.read(RUNS).select("counts").collect()[0][0]
+    names = {role: model.engine_spec.name for role, model in plan.reward.models.items()}
+    # Roles that share a model name the same loading.
+    loads = {names[role]: seconds for role, seconds in read_load_s(counts).items()}
+    load_s = sum(loads.values())
+    run_s = job_s - load_s
+    print(f"{bare.tokens:,} tokens in {prompts} prompts, each prefix once for each model")
+    print(f"bare engines     {bare.spent_s:7.1f} s to route and score; loading {bare.load_s:.1f} s")
+    print(f"annotate run     {run_s:7.1f} s from input to report; loading {load_s:.1f} s")
+    print(f"Spark's session  {session_s:7.1f} s")
+    print(f"bare / run       {bare.spent_s / run_s:7.3f} without loading")
+    print(f"                 {bare.spent_s / job_s:7.3f} with the loading of the run's models")
+    print(_compare(bare, warehouse))
     spark.stop()
+
+
+def _compare(bare: Bare, warehouse: Warehouse) -> str:
+    domains = {r["prompt_hash"]: r["domain"] for r in warehouse.read(ROUTES).collect()}
+    assert domains.keys() == bare.domains.keys()
+    elsewhere = sum(domains[key] != bare.domains[key] for key in domains)
+    sums = warehouse.read(LOGPROBS).select(
+        "model_key", "prefix_hash", "completion_hash", F.col("logprob_sum").alias("sum")
+    )
+    found = {
+        (r["model_key"], bytes(r["prefix_hash"]), bytes(r["completion_hash"])): r["sum"]
+        for r in sums.collect()
+    }
+    common = found.keys() & bare.logprobs.keys()
+    differences = [abs(found[key] - bare.logprobs[key]) for key in common]
+    return (
+        f"{elsewhere} of {len(domains)} prompts routed elsewhere; {len(common)} of {len(found)} "
+        f"log-probs asked by both, mean |Δ sum| {np.mean(differences):.4f} nats, "
+        f"max {max(differences):.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -74,10 +74,7 @@ class AnnotationRun(ScoringRun):
         self._tracker.log_summary({**summary.metrics(), **cost.metrics()})
         self._log_outputs((ROUTES, LOGPROBS, VERDICTS, REWARDS, REJECTS, PREFERENCES, UNPAIRED))
         print(f"\n{summary.render()}\n")
-        if cost.questions:
-            print(cost.render())
-        self._warn_of_lost_letters()
-        self._warn_of_mixed_versions()
+        self._remark_on_models(cost)
         print(self._next_steps(self._report(rewards, rejects, pairs, summary)))
 
     def _report(

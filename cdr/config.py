@@ -215,7 +215,9 @@ class TrackingSpec(Spec):
     """Where MLflow keeps the run."""
 
     uri: str | None = Field(
-        None, description="Tracking URI. None: MLFLOW_TRACKING_URI, else SQLite in the warehouse."
+        None,
+        description="Tracking URI. None: MLFLOW_TRACKING_URI, else the workspace on Databricks, "
+        "else SQLite in a local warehouse. A warehouse behind a URI needs one of the former.",
     )
     experiment: str = Field("cdr-annotate", description="MLflow experiment.")
     enabled: bool = Field(True, description="False: no MLflow run.")

@@ -33,8 +33,9 @@ from cdr.text_files import read_text, resolve_beside
 _OVERRIDE = re.compile(r"^[^.=]+(\.[^.=]+)*=")
 _MISSING_VARIABLE = re.compile(r"Environment variable '(.+?)' not found")
 _LOOK_UP_REVISION = (
-    "a model's commit hash is printed by: python -c \"from huggingface_hub import model_info; "
-    "print(model_info('OWNER/NAME').sha)\"; see docs/reference/config.md"
+    "where a revision lacks, a model's commit hash is printed by: python -c "
+    "\"from huggingface_hub import model_info; print(model_info('OWNER/NAME').sha)\"; "
+    "see docs/reference/config.md"
 )
 
 

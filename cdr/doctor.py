@@ -24,7 +24,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-_REINSTALL = "make setup (a checkout), or pip install --upgrade 'cdr-annotate[spark]'"
+from cdr.errors import INSTALL_SPARK
+
+_REINSTALL = INSTALL_SPARK.replace("pip install", "pip install --upgrade")
 
 try:
     import psutil
@@ -36,8 +38,9 @@ try:
     from cdr.errors import CdrError, SetupError
     from cdr.hub import cache_folder
     from cdr.node_cache import SET_CACHE, resolve_cache_dir
+    from cdr.redaction import first_line, redact
     from cdr.session import DELTA_PACKAGES, find_java, get_session, local_settings
-    from cdr.tracking import first_line, open_store, redact, resolve_tracking_uri
+    from cdr.tracking_store import open_store, resolve_tracking_uri
 except ModuleNotFoundError as absent:
     if __name__ != "__main__":
         raise
@@ -128,7 +131,7 @@ def check_spark() -> Iterator[Finding]:
     """Check that PySpark, Delta's Python package and Delta's JARs belong together."""
     spark = _version("pyspark")
     if spark is None:
-        fix = "pip install 'cdr-annotate[spark]' (a cluster brings its own: use its Python)"
+        fix = f"{INSTALL_SPARK} (a cluster brings its own: use its Python)"
         yield Finding("missing", f"PySpark is not installed for {sys.executable}", fix)
         return
     if "DATABRICKS_RUNTIME_VERSION" in os.environ:
@@ -138,7 +141,7 @@ def check_spark() -> Iterator[Finding]:
     if coordinates is None:
         known = ", ".join(DELTA_PACKAGES)
         yield Finding("missing", f"PySpark {spark} is none of those seen to work ({known})",
-                      "pip install 'cdr-annotate[spark]'")  # fmt: skip
+                      INSTALL_SPARK)  # fmt: skip
         return
     _, artifact, wanted = coordinates.split(":")
     delta = _version("delta-spark")

@@ -43,12 +43,14 @@ from cdr.evaluation_config import (
 from cdr.evaluation_plan import EvaluationPlan, plan_evaluation
 from cdr.judging import judge_answers
 from cdr.plan import check_keys
+from cdr.redaction import first_line
 from cdr.reward_config import RewardSpec
 from cdr.runs import StopSignal, new_run_id
 from cdr.staging import Staging
 from cdr.tables import COMPLETIONS
 from cdr.text_table import render_table
-from cdr.tracking import RunTracker, TableVersion, first_line, open_store, resolve_tracking_uri
+from cdr.tracking import RunTracker, TableVersion
+from cdr.tracking_store import open_store, resolve_tracking_uri
 from cdr.warehouse import Warehouse
 from cdr.win_rates import Estimate, WinRate, measure_lengths
 

@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
+_WHEEL = "make setup in a checkout; else pip install 'cdr_annotate-VERSION-py3-none-any.whl"
+INSTALL_SPARK, INSTALL_TRAINING = f"{_WHEEL}[spark]'", f"{_WHEEL}[training]'"
+"""What to do where an optional part of the package is missing."""
+
 
 class CdrError(Exception):
     """Base of all errors a user can cause or cure.

@@ -155,11 +155,8 @@ class EvaluationRun(ScoringRun):
         )
         for warning in report.warnings():
             print(f"warning: {warning}")
-        if cost.questions:
-            print(cost.render())
-        self._warn_of_lost_letters()
         self._say_resubmitted()
-        self._warn_of_mixed_versions()
+        self._remark_on_models(cost)
         if command := self._tracker.ui_command():
             print(f"figures: {command}")
         record = replace(

@@ -22,9 +22,9 @@ from cdr.evaluation import (
     summarize_rows,
 )
 from cdr.evaluation_plan import EvaluationPlan
+from cdr.redaction import first_line
 from cdr.runs import StopSignal
 from cdr.tables import RUNS
-from cdr.tracking import first_line
 from cdr.warehouse import Warehouse
 
 EvaluateRow = Callable[[EvaluationPlan, EvaluationRun], Evaluated]

@@ -295,7 +295,7 @@ class StudyRun(ScoringRun):
             f"{report.render()}\n"
         )
         self._say_resubmitted()
-        self._warn_of_mixed_versions()
+        self._remark_on_models()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")
         return report

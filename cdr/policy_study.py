@@ -33,7 +33,7 @@ from cdr.config import AnnotateConfig, content_hash
 from cdr.config_files import Spec
 from cdr.downstream import answers_file, results_file
 from cdr.downstream_config import DownstreamConfig
-from cdr.errors import CdrError, ConfigError, InputError, SetupError
+from cdr.errors import INSTALL_TRAINING, CdrError, ConfigError, InputError, SetupError
 from cdr.judging import check_judge
 from cdr.models import hash_text_files
 from cdr.plan import AnnotationPlan, plan_annotation, plan_reward
@@ -311,8 +311,7 @@ class _Planner:
                 self.problems.append(f"launch.{key}: no program '{command[0]}' in PATH")
         if importlib.util.find_spec("trl") is None:
             self.problems.append(
-                f"train: TRL is not installed for {sys.executable}: pip install "
-                "'cdr-annotate[training]'"
+                f"train: TRL is not installed for {sys.executable}: {INSTALL_TRAINING}"
             )
 
     @contextlib.contextmanager

@@ -31,9 +31,11 @@ from cdr.errors import Stopped
 from cdr.policy_results import metrics_of, render_results, write_results
 from cdr.policy_study import SHORT, PolicyPlan, Stage
 from cdr.policy_study_config import TRAIN
+from cdr.redaction import redact
 from cdr.runs import RunLog, RunRecord, new_run_id
 from cdr.simpo_report import ALL_DOMAINS
-from cdr.tracking import RunTracker, redact, resolve_tracking_uri
+from cdr.tracking import RunTracker
+from cdr.tracking_store import resolve_tracking_uri
 from cdr.training_run import RUN_NOTE
 from cdr.warehouse import Warehouse
 

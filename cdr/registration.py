@@ -17,11 +17,13 @@ from cdr.config import TrackingSpec
 from cdr.errors import ConfigError, SetupError
 from cdr.model_requirements import list_requirements
 from cdr.plan import RewardPlan
+from cdr.redaction import redact
 from cdr.registry import KEY_TAG, Registry, RewardVersion, check_name
 from cdr.report.reward_text import RewardText
 from cdr.reward_config import RewardSpec
 from cdr.reward_files import describe_weights, package_version, write_reward
-from cdr.tracking import RunTracker, redact, resolve_tracking_uri
+from cdr.tracking import RunTracker
+from cdr.tracking_store import resolve_tracking_uri
 
 EXPERIMENT = "cdr-rewards"
 

@@ -21,14 +21,9 @@ from cdr.errors import CdrError, ConfigError, SetupError
 from cdr.evaluation_config import EvaluateConfig, load_evaluate_config
 from cdr.node_cache import make_cache_dir
 from cdr.plan import AnnotationPlan, RewardPlan, plan_annotation, plan_reward
+from cdr.redaction import first_line, redact
 from cdr.reward_files import CONFIG, check_identity, read_identity
-from cdr.tracking import (
-    first_line,
-    open_store,
-    quiet,
-    redact,
-    resolve_tracking_uri,
-)
+from cdr.tracking_store import open_store, quiet, resolve_tracking_uri
 from cdr.weights import hash_files
 
 KEY_TAG = "cdr_reward_key"
@@ -119,7 +114,7 @@ class Registry:
     """The registry beside a tracking store, or the one that MLFLOW_REGISTRY_URI names.
 
     Args:
-        uri: tracking URI, see `cdr.tracking.resolve_tracking_uri`.
+        uri: tracking URI, see `cdr.tracking_store.resolve_tracking_uri`.
 
     Raises:
         SetupError: it cannot be used; so do all methods.

@@ -21,6 +21,7 @@ from cdr.executors import settle_device
 from cdr.job_run import JobRun, count_devices
 from cdr.plan import AnnotationPlan
 from cdr.progress import Counts
+from cdr.redaction import redact
 from cdr.routing import RoutingWork
 from cdr.runs import RunRecord, StopSignal, new_run_id
 from cdr.scoring import Wave, Work
@@ -28,7 +29,8 @@ from cdr.sources import input_version
 from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.tables import LOGPROBS, REWARDS, Table
-from cdr.tracking import RunTracker, TableVersion, redact
+from cdr.tracking import RunTracker, TableVersion
+from cdr.verdicts import JudgeCost
 from cdr.version_links import VERSION_TAG, link_version
 from cdr.warehouse import Warehouse
 from cdr.waves import BucketRange, WaveResult
@@ -172,6 +174,13 @@ class ScoringRun(JobRun):
             if written is not None:
                 place = self._warehouse.place(table)
                 self._tracker.log_table(TableVersion(table.name, place, written), role="output")
+
+    def _remark_on_models(self, cost: JudgeCost | None = None) -> None:
+        """Say at the end what the models' answers cost, and what is doubtful about them."""
+        if cost is not None and cost.questions:
+            print(cost.render())
+        self._warn_of_lost_letters()
+        self._warn_of_mixed_versions()
 
     def _warn_of_lost_letters(self) -> None:
         """Say where a judge's letters are not what it would write."""

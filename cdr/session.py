@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdr.errors import SetupError
+from cdr.errors import INSTALL_SPARK, SetupError
 from cdr.text_files import package_conf
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def get_session(app_name: str, *, warehouse: str | None = None) -> SparkSession:
     except ImportError:
         raise SetupError(
             f"PySpark is not installed for {sys.executable}",
-            fix="pip install 'cdr-annotate[spark]' (a cluster brings its own: use its Python)",
+            fix=f"{INSTALL_SPARK} (a cluster brings its own: use its Python)",
         ) from None
     if _must_start_jvm(os.environ):
         find_java()

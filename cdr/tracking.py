@@ -8,15 +8,12 @@ the report page, which shows a few pairs unless `report.texts` is false.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
 import re
 import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,16 @@ import yaml
 
 from cdr.config import TrackingSpec, content_hash
 from cdr.errors import SetupError, Stopped
+from cdr.redaction import first_line, redact
+from cdr.tracking_store import (
+    WITHOUT_TRACKING,
+    artifact_folder,
+    local_folder,
+    open_store,
+    quiet,
+    resolve_tracking_uri,
+    ui_command,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -36,9 +43,7 @@ _MAX_PARAM_CHARS = 6000  # MLflow's limit; Databricks has the same
 _MAX_TAG_CHARS = 5000  # MLflow allows 8000, Databricks fewer
 _DESCRIPTION = "mlflow.note.content"  # Markdown
 _BATCH = 100  # parameters or tags in one request
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _METRIC_NAME = re.compile(r"[^\w\-. :/]")
-_NO_TRACKING = "run without it: --set tracking.enabled=false"
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class RunTracker:
                 f"MLflow cannot be used: {first_line(error)}",
                 where=redact(self.uri),
                 fix="start the server or correct tracking.uri (or MLFLOW_TRACKING_URI) and "
-                f"tracking.experiment; or {_NO_TRACKING}",
+                f"tracking.experiment; or {WITHOUT_TRACKING}",
             ) from None
         self.log_params(self._config)
         self._send("config.yaml", self._config, lambda: self._log_text(self._config))
@@ -281,7 +286,7 @@ class RunTracker:
                 experiment_id = experiment.experiment_id
             else:
                 # A server knows where its artifacts go; a database file has to be told.
-                location = _artifact_folder(uri)
+                location = artifact_folder(uri)
                 experiment_id = client.create_experiment(
                     self._tracking.experiment, artifact_location=location
                 )
@@ -366,54 +371,6 @@ def make_metrics(metrics: Mapping[str, Any], step: int = 0) -> list[Any]:
     return [Metric(name, value, now_ms, step) for name, value in _numbers(metrics).items()]
 
 
-def open_store(uri: str) -> Any:
-    """Give MLflow's client of a store, and of the registry beside it."""
-    # Read when mlflow is imported or first used; anything the user has set wins. The defaults wait
-    # for minutes before they give up on a server, here a quarter of one.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with quiet():
-        from mlflow import MlflowClient
-
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return MlflowClient(tracking_uri=uri)
-
-
-def resolve_tracking_uri(tracking: TrackingSpec, warehouse: str) -> str:
-    """Decide where MLflow keeps runs and models.
-
-    In this order: the config's uri, MLFLOW_TRACKING_URI, the workspace on Databricks, SQLite in a
-    local warehouse.
-
-    Raises:
-        SetupError: the warehouse is not a local folder and nothing else is said.
-    """
-    if tracking.uri:
-        return tracking.uri
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        return os.environ["MLFLOW_TRACKING_URI"]
-    if "DATABRICKS_RUNTIME_VERSION" in os.environ:
-        return "databricks"
-    folder = _local_folder(warehouse)
-    if folder is None:
-        raise SetupError(
-            "tracking.uri: needed where the warehouse is not a local folder",
-            where=redact(warehouse),
-            fix=f"--set tracking.uri=https://your-mlflow-server, or {_NO_TRACKING}",
-        )
-    return f"sqlite:///{folder / 'mlflow.db'}"
-
-
-def ui_command(uri: str) -> str | None:
-    """Give the command that shows a store's runs; None where the store is a server itself."""
-    if uri.startswith(("http://", "https://", "databricks")):
-        return None
-    return f"mlflow ui --backend-store-uri {uri}"
-
-
 def git_commit() -> str | None:
     """Give the commit this code is at, with `-dirty` where it was changed; None outside git.
 
@@ -440,21 +397,8 @@ def git_commit() -> str | None:
         return None
 
 
-def _artifact_folder(uri: str) -> str | None:
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns").as_uri()
-
-
-def _local_folder(place: str) -> Path | None:
-    """Give a path or `file:` URI as a folder; None for other URIs."""
-    if place.startswith("file:"):
-        return Path(re.sub("^file:(//)?", "", place)).absolute()
-    return None if re.match(r"^[A-Za-z][\w+.\-]*:/", place) else Path(place).absolute()
-
-
 def _unsent_folder(warehouse: str) -> Path:
-    return (_local_folder(warehouse) or Path.cwd()) / "mlflow-unsent"
+    return (local_folder(warehouse) or Path.cwd()) / "mlflow-unsent"
 
 
 def _leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -479,36 +423,3 @@ def _param_text(value: object) -> str:
         return text
     note = " ... (cut: all of it is in config.yaml)"
     return text[: _MAX_PARAM_CHARS - len(note)] + note
-
-
-def redact(value: Any) -> Any:
-    """Take user names and passwords out of URIs, at any depth."""
-    if isinstance(value, str):
-        return _USER_INFO.sub("***", value)
-    if isinstance(value, Mapping):
-        return {key: redact(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item) for item in value]
-    return value
-
-
-def first_line(error: Exception) -> str:
-    """Give an error's kind and first line, without passwords."""
-    lines = str(error).splitlines() or [""]
-    return str(redact(f"{type(error).__name__}: {lines[0]}"))[:500]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back what a store's own libraries say on first use.
-
-    A new database logs one line per migration step, and MLflow's mappers deprecation warnings.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        logging.disable(before)

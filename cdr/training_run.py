@@ -21,12 +21,13 @@ from cdr.config import JobSpec, content_hash
 from cdr.errors import CdrError, ConfigError, InputError, TableError
 from cdr.export import MANIFEST, PairSet, Target, export_pairs, find_pairs
 from cdr.job_run import JobRun, Share
+from cdr.redaction import redact
 from cdr.runs import RunRecord, new_run_id
 from cdr.simpo_config import PointConfig, PreferencesSpec, SimpoConfig
 from cdr.simpo_report import ALL_DOMAINS, render_search
 from cdr.staging import Staging
 from cdr.tables import PREFERENCES
-from cdr.tracking import RunTracker, TableVersion, redact
+from cdr.tracking import RunTracker, TableVersion
 from cdr.unreadable import explain_unreadable
 from cdr.version_links import VERSION_TAG, link_version
 from cdr.warehouse import Warehouse

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from cdr.tracking import RunTracker, first_line, make_metrics, open_store, quiet
+from cdr.redaction import first_line
+from cdr.tracking import RunTracker, make_metrics
+from cdr.tracking_store import open_store, quiet
 
 _logger = logging.getLogger(__name__)
 

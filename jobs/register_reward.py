@@ -20,9 +20,10 @@ from collections.abc import Sequence
 
 from cdr.cli import OK, end, run_job
 from cdr.plan import plan_reward
+from cdr.redaction import redact
 from cdr.registration import EXPERIMENT, Registration, find_store, register_reward
 from cdr.reward_config import load_reward_config
-from cdr.tracking import redact, ui_command
+from cdr.tracking_store import ui_command
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

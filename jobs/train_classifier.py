@@ -38,13 +38,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     pairs = ".jsonl or .parquet files, or folders of them, as for jobs/train_dpo.py"
     add("--pairs", type=Path, nargs="+", required=True, metavar="PATH", help=pairs)
     add("--output", type=Path, required=True, metavar="FOLDER", help="model folder to write")
-    held_out = "write the pairs held out there, as JSON lines; None for nowhere"
+    held_out = "write the pairs held out there, as JSON lines; default: nowhere"
     add("--held-out", type=Path, metavar="FILE", help=held_out)
     demo = resolve_demo_model_dir()
     add("--model", type=Path, default=demo, metavar="FOLDER", help="the model to start from")
     length = "of prompt and longer answer; longer pairs are left out and counted, never cut"
     add("--max-length", type=int, default=512, metavar="TOKENS", help=length)
-    most = "train on N pairs at most, equal shares of sections and their subsets; None for all"
+    most = "train on N pairs at most, equal shares of sections and their subsets; default: all"
     add("--max-pairs", type=int, metavar="N", help=most)
     share = "share of each section's prompts to hold out, by hash; no group is on both sides. The "
     share += "same share of the same pairs is held out by jobs/train_dpo.py"

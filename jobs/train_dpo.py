@@ -46,11 +46,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="FOLDER", help="adapter folder to write")
     demo = resolve_demo_model_dir()
     add("--model", type=Path, default=demo, metavar="FOLDER", help="the model to start from")
-    name = "what the adapter calls it; None for the folder's name"
+    name = "what the adapter calls it; default: the folder's name"
     add("--base-name", metavar="NAME", help=name)
     length = "of prompt and longer answer; longer pairs are left out and counted, never cut"
     add("--max-length", type=int, default=512, metavar="TOKENS", help=length)
-    most = "train on N pairs at most, equal shares of sections and their subsets; None for all"
+    most = "train on N pairs at most, equal shares of sections and their subsets; default: all"
     add("--max-pairs", type=int, metavar="N", help=most)
     share = "share of each section's prompts to measure on, by hash; no group is on both sides"
     add("--holdout-fraction", type=float, default=0.12, metavar="SHARE", help=share)
@@ -70,9 +70,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     dtype = "auto takes bfloat16 where the machine multiplies in it"
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=dtype)
     hours = "stop at a checkpoint after this long, measure that and say so in the card; 0 only "
-    hours += "measures the last checkpoint; None for no limit"
+    hours += "measures the last checkpoint; default: no limit"
     add("--max-hours", type=float, metavar="HOURS", help=hours)
-    add("--threads", type=int, metavar="N", help="CPU threads per process; None: torch's choice")
+    add("--threads", type=int, metavar="N", help="CPU threads per process; default: torch's choice")
     add("--save-steps", type=int, default=20, metavar="N", help="steps between checkpoints")
     keep = "keep every one of them, as stages of the tuning; else the last two while it runs"
     add("--keep-checkpoints", action="store_true", help=keep)

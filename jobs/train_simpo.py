@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from cdr.cli import EXIT_CODES, OK, STOPPED, end, make_parser, run_job
-from cdr.errors import SetupError, Stopped
+from cdr.errors import INSTALL_TRAINING, SetupError, Stopped
 from cdr.session import get_session
 from cdr.simpo_config import load_simpo_config
 
@@ -47,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hours = [] if args.max_hours is None else [f"run.max_hours={args.max_hours}"]
     config = load_simpo_config(args.config, [*args.set, *hours])
     if importlib.util.find_spec("trl") is None:
-        raise SetupError(
-            f"TRL is not installed for {sys.executable}", fix="pip install 'cdr-annotate[training]'"
-        )
+        raise SetupError(f"TRL is not installed for {sys.executable}", fix=INSTALL_TRAINING)
     from cdr.simpo import search_policy  # torch: not for --help
     from cdr.training_run import TrainingRun
     from cdr.tuning import is_first_process

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cdr.redaction import redact
 from cdr.report.annotation_data import AnnotationData, DomainReport
 from cdr.report.annotation_verdict import judge
 from cdr.report.html import SUBMIT, Plot, render, show_number
@@ -12,7 +13,6 @@ from cdr.report.pairs import ShownPair
 from cdr.report.plots import draw_histogram, draw_lengths
 from cdr.report.reward_text import RewardText, reward_facts
 from cdr.summary import RESUBMITTED, DomainSummary
-from cdr.tracking import redact
 
 
 def render_annotation(data: AnnotationData) -> str:

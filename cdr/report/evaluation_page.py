@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from cdr.benchmark_report import MEAN_OF_SECTIONS, Score
 from cdr.evaluation_plan import sample_options
+from cdr.redaction import redact
 from cdr.report.evaluation import MAX_ROWS_READ, EvaluatedRow, EvaluationData, Margins
 from cdr.report.evaluation_verdict import judge_evaluation
 from cdr.report.html import SUBMIT, Plot, render, show_number
 from cdr.report.plots import ScoreLine, draw_mirrored, draw_scores
 from cdr.report.reward_text import RewardText, reward_facts
-from cdr.tracking import redact
 
 _OVERALL = "Overall"
 _DRAWN_PAIRS = 5

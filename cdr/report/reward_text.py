@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cdr.redaction import redact
 from cdr.reward_config import ModelSpec, RewardSpec
-from cdr.tracking import redact
 
 
 def term_weights(reward: RewardSpec) -> dict[str, float]:

@@ -15,7 +15,7 @@ from cdr.cli import STOPPED
 from cdr.downstream import LINK_TAG
 from cdr.errors import ConfigError, InputError, SetupError
 from cdr.tables import BENCHMARK_PAIRS, COMPLETIONS, RUNS
-from cdr.tracking import open_store
+from cdr.tracking_store import open_store
 from cdr.warehouse import Warehouse
 from jobs.answer_benchmark import main
 from tests.tokenizers import make_smollm2

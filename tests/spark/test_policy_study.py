@@ -17,7 +17,8 @@ from cdr.policy_study_config import PolicyStudyConfig
 from cdr.registration import register_reward
 from cdr.reward_config import load_reward_config
 from cdr.tables import POLICY_RESULTS, RUNS
-from cdr.tracking import RunTracker, open_store
+from cdr.tracking import RunTracker
+from cdr.tracking_store import open_store
 from cdr.warehouse import Warehouse
 from tests.unit.test_policy_study import carry_out, load, model, tree
 

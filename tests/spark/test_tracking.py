@@ -18,7 +18,8 @@ from mlflow.entities import Run
 
 from cdr.config import TrackingSpec
 from cdr.errors import SetupError, Stopped
-from cdr.tracking import RunTracker, TableVersion, git_commit, resolve_tracking_uri, ui_command
+from cdr.tracking import RunTracker, TableVersion, git_commit
+from cdr.tracking_store import resolve_tracking_uri, ui_command
 from cdr.version_links import link_version, log_evaluation
 
 CONFIG = {"dataset": "toy", "reward": {"models": {"strong": {"path": "a/b"}}, "terms": []}}

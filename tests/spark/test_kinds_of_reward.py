@@ -134,7 +134,12 @@ def test_a_classifier_gives_its_own_scores_asks_once_and_is_compared_with_a_judg
     }
     judge = {"form": "judge", "models": {"judge": {"path": path, "engine": "stub"}}}
     rows = {"rm": {}, "judge": {"change": judge}}
-    config = {**whole, "input": write(tmp_path / "pairs.jsonl", PAIRS), "rows": rows}
+    config = {
+        **whole,
+        "input": write(tmp_path / "pairs.jsonl", PAIRS),
+        "rows": rows,
+        "report": {"enabled": False},
+    }
     warehouse = Warehouse(spark, str(tmp_path / "warehouse"))
     plans = plan_evaluation(EvaluateConfig.model_validate(config))
     # The second time all is in the one store: a score per answer, two letters per order of a pair.
@@ -287,6 +292,7 @@ def test_a_judge_compares_all_candidates_in_both_orders_and_asks_once(
             },
             "run": {"max_rejected_fraction": 1},
             "tracking": {"enabled": False},
+            "report": {"enabled": False},
         }
     )
     plan, warehouse = plan_annotation(config), Warehouse(spark, config.warehouse)
@@ -377,6 +383,7 @@ def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejecte
                 },
                 "run": {"max_rejected_fraction": 1, "max_failed_fraction": 1},
                 "tracking": {"enabled": False},
+                "report": {"enabled": False},
             }
         )
         plan, warehouse = plan_annotation(config), Warehouse(spark, config.warehouse)

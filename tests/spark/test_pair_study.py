@@ -126,6 +126,7 @@ def test_a_cell_is_what_evaluating_its_two_models_as_a_reward_gives(
                 "encoding": {"template": "plain"},
             },
             "tracking": {"enabled": False},
+            "report": {"enabled": False},
         }
     )
     assert evaluate(plan_evaluation(config), warehouse) == 0

@@ -159,6 +159,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             "columns": {name: name for name in columns},
         },
         "reward": "models:/stub@champion",
+        "report": {"enabled": False},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return Store(folder)
@@ -415,7 +416,7 @@ def judged(store: Store, spark: SparkSession) -> Warehouse:
     config |= {
         "dataset": "judged",
         "warehouse": str(store.folder / "judged"),
-        "tracking": {"uri": store.uri},
+        "tracking": {"uri": store.uri, "enabled": False},  # the registry alone
         "run": {"max_rejected_fraction": 1},
     }
     config["input"]["path"] = str(source)

@@ -143,13 +143,13 @@ def test_two_turns_are_answered_written_compared_and_linked(
     sent = json.dumps([run.data.tags, run.data.params])
     assert not [turn for row in QUESTIONS for turn in row["turns"] if turn in sent]
 
-    # Again, fewer questions, against itself: nothing is drawn, nothing asked, all are ties.
+    # Again, one question, against itself: nothing is drawn, nothing asked, and it is a tie.
     version, runs = warehouse.version(COMPLETIONS), warehouse.read(RUNS).count()
-    assert main([*arguments, "--limit", "2", "--compare-with", str(file)]) == 0
+    assert main([*arguments, "--limit", "1", "--compare-with", str(file)]) == 0
     assert warehouse.version(COMPLETIONS) == version
-    assert warehouse.read(RUNS).count() == runs + 4  # turns × temperatures, and no evaluation
-    limited = json.loads((tmp_path / "answers" / "results" / "tuned.limit-2.json").read_text())
-    assert (limited["reward"]["ties"], limited["reward"]["win_rate"]["value"]) == (2, 50)
+    assert warehouse.read(RUNS).count() == runs + 2  # one per turn, and no evaluation
+    limited = json.loads((tmp_path / "answers" / "results" / "tuned.limit-1.json").read_text())
+    assert (limited["reward"]["ties"], limited["reward"]["win_rate"]["value"]) == (1, 50)
 
 
 def test_a_signal_ends_the_judges_tool_and_the_job_with_it(
@@ -167,7 +167,10 @@ def test_a_signal_ends_the_judges_tool_and_the_job_with_it(
     python.chmod(0o755)
     monkeypatch.setenv("JUDGE_KEY", "secret")
     judge = {"python": str(python), "folder": str(tool), "api_key_variable": "JUDGE_KEY"}
-    arguments = write_config(tmp_path, policy, special_tokens_in_text="as_text", judge=judge)
+    sampling = {"temperature": 0, "max_new_tokens": 8}
+    arguments = write_config(
+        tmp_path, policy, special_tokens_in_text="as_text", judge=judge, sampling=sampling
+    )
     assert main([*arguments, "--judge"]) == STOPPED
     assert "stopped: SIGTERM. The answers" in capsys.readouterr().out
     assert not Path("/proc", (tool / "pid").read_text().strip()).exists()

@@ -47,6 +47,7 @@ from cdr.weighing import mean_letter_mass
 from jobs.annotate import annotate, dry_run
 from jobs.evaluate import evaluate
 from tests.chat_endpoint import Reply, say, serve
+from tests.spark.conftest import MakeStore
 from tests.tokenizers import make_smollm2
 
 PAIRS = [
@@ -98,9 +99,9 @@ def make_classifier(folder: Path) -> tuple[LlamaForSequenceClassification, PreTr
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A registry for the module: creating its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+def store(make_store: MakeStore, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry for the module."""
+    return make_store(tmp_path_factory.mktemp("store"))
 
 
 def predict(reward: dict[str, Any], store: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

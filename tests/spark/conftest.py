@@ -6,15 +6,17 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
+from cdr.tracking_store import open_store
 from tests.spark.annotated import Annotated, annotate_small
 
+MakeStore = Callable[[Path], str]
 LOCAL_CONF = Path(__file__).resolve().parents[2] / "conf" / "cluster" / "local.conf"
 
 
@@ -59,15 +61,43 @@ def _end_jvm() -> None:
 @pytest.fixture(scope="package")
 def annotated(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Annotated:
     """A small annotated warehouse, only to be read; `copy` gives one to change."""
+    folder = _make_once(tmp_path_factory, "annotated", lambda place: annotate_small(spark, place))
+    return Annotated(folder / "warehouse", folder / "input.jsonl")
+
+
+@pytest.fixture(scope="package")
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
+    """Put an empty MLflow store where a warehouse has it and give its URI.
+
+    MLflow takes seconds to make one (tests/spark/test_tracking.py lets it), a copy takes none.
+    """
+    empty = _make_once(
+        tmp_path_factory,
+        "mlflow",
+        lambda folder: open_store(f"sqlite:///{folder}/mlflow.db").search_experiments(),
+    )
+
+    def make_store(folder: Path) -> str:
+        folder.mkdir(exist_ok=True)
+        shutil.copy(empty / "mlflow.db", folder)
+        return f"sqlite:///{folder}/mlflow.db"
+
+    return make_store
+
+
+def _make_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Path:
+    """Give a folder that all processes of a test session share: the first one fills it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # the same for all workers: the first one makes it, the others wait
-    folder, done = base / "annotated", base / "annotated.done"
-    with (base / "annotated.lock").open("w") as lock:
+        base = base.parent  # the same for all workers: the others wait
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            annotate_small(spark, folder)
+            make(folder)
             done.touch()
-    return Annotated(folder / "warehouse", folder / "input.jsonl")
+    return folder

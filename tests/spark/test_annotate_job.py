@@ -27,6 +27,7 @@ from cdr.cli import run_job
 from cdr.tracking import git_commit
 from jobs.annotate import main
 from tests.e2e.conftest import ROOT, Job, make_rows, write_job
+from tests.spark.conftest import MakeStore
 from tests.tokenizers import make_smollm2
 
 MakeJob = Callable[..., Job]
@@ -114,11 +115,16 @@ def nearest_rank(values: Sequence[float], share: float) -> float:
 
 
 def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
-    make_job: MakeJob, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_job: MakeJob,
+    run: Run,
+    make_store: MakeStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("MLFLOW_TRACKING_URI", "DATABRICKS_RUNTIME_VERSION"):
         monkeypatch.delenv(name, raising=False)
     job = make_job([])
+    uri = make_store(job.warehouse)
     rows, source = make_rows(range(10), range(3)), str(tmp_path / "completions")
     for part in (rows[:15], rows[15:]):
         write_deltalake(source, pa.Table.from_pylist(part), mode="append")
@@ -140,7 +146,6 @@ def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
         for name in ("routes", "logprobs", "rewards", "rejects", "preferences", "unpaired")
     }
     (record,) = job.rows("runs")
-    uri = f"sqlite:///{job.warehouse}/mlflow.db"
     assert f"mlflow ui --backend-store-uri {uri}" in output
     client = MlflowClient(tracking_uri=uri)
     run = client.get_run(record["mlflow_run_id"])

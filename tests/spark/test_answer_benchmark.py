@@ -18,6 +18,7 @@ from cdr.tables import BENCHMARK_PAIRS, COMPLETIONS, RUNS
 from cdr.tracking_store import open_store
 from cdr.warehouse import Warehouse
 from jobs.answer_benchmark import main
+from tests.spark.conftest import MakeStore
 from tests.tokenizers import make_smollm2
 
 QUESTIONS = [
@@ -35,7 +36,13 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_config(folder: Path, policy: Path, **changes: Any) -> list[str]:
+@pytest.fixture
+def uri(make_store: MakeStore, tmp_path: Path) -> str:
+    """The MLflow store of a test's jobs."""
+    return make_store(tmp_path)
+
+
+def write_config(folder: Path, policy: Path, uri: str, **changes: Any) -> list[str]:
     """Write a config; give the job's arguments."""
     questions = folder / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
@@ -66,7 +73,7 @@ def write_config(folder: Path, policy: Path, **changes: Any) -> list[str]:
         "held_out_reward": reward("held-out", "b"),
         "scoring": {"max_rejected_fraction": 1},  # the stub may say nothing at all
         "statistics": {"resamples": 200},
-        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "tracking": {"uri": uri},
         **changes,
     }
     file = folder / "config.yaml"
@@ -75,11 +82,11 @@ def write_config(folder: Path, policy: Path, **changes: Any) -> list[str]:
 
 
 def test_two_turns_are_answered_written_compared_and_linked(
-    spark: SparkSession, tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession, tmp_path: Path, policy: Path, uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = open_store(f"sqlite:///{tmp_path}/mlflow.db")
+    client = open_store(uri)
     training = client.create_run(client.create_experiment("simpo")).info.run_id
-    arguments = write_config(tmp_path, policy)
+    arguments = write_config(tmp_path, policy, uri)
     # Another policy's file, as the benchmark's tool writes it.
     start = tmp_path / "start.jsonl"
     answers = [
@@ -143,19 +150,20 @@ def test_two_turns_are_answered_written_compared_and_linked(
     sent = json.dumps([run.data.tags, run.data.params])
     assert not [turn for row in QUESTIONS for turn in row["turns"] if turn in sent]
 
-    # Again, fewer questions, against itself: nothing is drawn, nothing asked, all are ties.
+    # Again, one question, against itself: nothing is drawn, nothing asked, and it is a tie.
     version, runs = warehouse.version(COMPLETIONS), warehouse.read(RUNS).count()
-    assert main([*arguments, "--limit", "2", "--compare-with", str(file)]) == 0
+    assert main([*arguments, "--limit", "1", "--compare-with", str(file)]) == 0
     assert warehouse.version(COMPLETIONS) == version
-    assert warehouse.read(RUNS).count() == runs + 4  # turns × temperatures, and no evaluation
-    limited = json.loads((tmp_path / "answers" / "results" / "tuned.limit-2.json").read_text())
-    assert (limited["reward"]["ties"], limited["reward"]["win_rate"]["value"]) == (2, 50)
+    assert warehouse.read(RUNS).count() == runs + 2  # one per turn, and no evaluation
+    limited = json.loads((tmp_path / "answers" / "results" / "tuned.limit-1.json").read_text())
+    assert (limited["reward"]["ties"], limited["reward"]["win_rate"]["value"]) == (1, 50)
 
 
 def test_a_signal_ends_the_judges_tool_and_the_job_with_it(
     spark: SparkSession,
     tmp_path: Path,
     policy: Path,
+    uri: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -167,19 +175,24 @@ def test_a_signal_ends_the_judges_tool_and_the_job_with_it(
     python.chmod(0o755)
     monkeypatch.setenv("JUDGE_KEY", "secret")
     judge = {"python": str(python), "folder": str(tool), "api_key_variable": "JUDGE_KEY"}
-    arguments = write_config(tmp_path, policy, special_tokens_in_text="as_text", judge=judge)
+    sampling = {"temperature": 0, "max_new_tokens": 8}
+    arguments = write_config(
+        tmp_path, policy, uri, special_tokens_in_text="as_text", judge=judge, sampling=sampling
+    )
     assert main([*arguments, "--judge"]) == STOPPED
     assert "stopped: SIGTERM. The answers" in capsys.readouterr().out
     assert not Path("/proc", (tool / "pid").read_text().strip()).exists()
     run = json.loads((tmp_path / "answers" / "results" / "tuned.json").read_text())["mlflow_run_id"]
-    assert open_store(f"sqlite:///{tmp_path}/mlflow.db").get_run(run).info.status == "KILLED"
+    assert open_store(uri).get_run(run).info.status == "KILLED"
 
 
 def test_no_file_is_written_where_a_question_has_no_answer(
-    spark: SparkSession, tmp_path: Path, policy: Path
+    spark: SparkSession, tmp_path: Path, policy: Path, uri: str
 ) -> None:
     sampling = {"temperature": 0, "max_new_tokens": 8}
-    arguments = write_config(tmp_path, policy, special_tokens_in_text="reject", sampling=sampling)
+    arguments = write_config(
+        tmp_path, policy, uri, special_tokens_in_text="reject", sampling=sampling
+    )
     with pytest.raises(InputError, match=r"1 questions have no answer \(special_token_in_text 1\)"):
         main(arguments)
     assert not (tmp_path / "answers").exists()

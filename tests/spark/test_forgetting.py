@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from cdr.tables import (
     LOGPROBS,
     POLICY_RESULTS,
     PREFERENCES,
+    REWARDS,
     ROUTES,
     STUDY_PAIRS,
     TABLES,
@@ -314,6 +316,10 @@ def test_the_same_id_of_another_dataset_stays_when_one_is_named(
 def test_a_deletion_that_was_cut_off_is_finished_by_the_same_command(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    of_p5 = [t for t in BY_ID if any(row["prompt_id"] == "p5" for row in place.rows(t))]
+    assert {PREFERENCES, COMPLETIONS, REWARDS} < set(of_p5)
+    for table in {*TABLES} - {LOGPROBS, *of_p5}:  # they would only take time
+        shutil.rmtree(place.annotated.warehouse / table.name)
     whole = Warehouse.change
 
     def change(self: Warehouse, table: Table, operation: Any) -> None:
@@ -331,7 +337,7 @@ def test_a_deletion_that_was_cut_off_is_finished_by_the_same_command(
     done = place.forget("p5")
     assert done.outcome == "done"
     assert len(place.rows(LOGPROBS)) == before, "these had gone before"
-    assert all("p5" not in {row["prompt_id"] for row in place.rows(table)} for table in BY_ID)
+    assert all("p5" not in {row["prompt_id"] for row in place.rows(table)} for table in of_p5)
 
 
 def test_rows_that_another_run_writes_meanwhile_are_noticed(

@@ -436,20 +436,28 @@ def test_delta_is_read_at_its_version(spark: SparkSession, tmp_path: Path) -> No
     assert read_candidates(spark, source).count() == 2
 
 
+WriteRows = Callable[..., Path]
 GOOD = [(f"prompt {i}", str(i) * 50) for i in range(2000)]
 
 
-def write_rows(spark: SparkSession, path: Path, form: str = "parquet") -> Path:
-    """Write good rows as one file, without a checksum beside it; give that file."""
-    rows = spark.createDataFrame(GOOD, "prompt string, completion string")
-    rows.coalesce(1).write.format(form).save(str(path))
-    for checksum in path.rglob(".*.crc"):
-        checksum.unlink()
-    if form == "delta":  # a new session would not know the table either
-        assert spark._jvm is not None
-        spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
-    (file,) = path.glob("part-*")
-    return file
+@pytest.fixture(scope="module")
+def write_rows(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> WriteRows:
+    """Put good rows into a new folder as one file, without a checksum beside it; give that file."""
+    written = tmp_path_factory.mktemp("written")
+
+    def write_rows(path: Path, form: str = "parquet") -> Path:
+        once = written / form
+        if not once.exists():
+            rows = spark.createDataFrame(GOOD, "prompt string, completion string")
+            rows.coalesce(1).write.format(form).save(str(once))
+            for checksum in once.rglob(".*.crc"):
+                checksum.unlink()
+        # The session does not know a copy, as a new session would not know the table.
+        shutil.copytree(once, path)
+        (file,) = path.glob("part-*")
+        return file
+
+    return write_rows
 
 
 def damage(file: Path, how: str) -> None:
@@ -480,9 +488,9 @@ def expect_unreadable(call: Callable[[], object], file: str, said: str) -> None:
 
 @pytest.mark.parametrize("how", ["garbage", "empty", "truncated"])
 def test_parquet_that_is_none_is_named_when_its_schema_is_read(
-    spark: SparkSession, tmp_path: Path, how: str
+    spark: SparkSession, write_rows: WriteRows, tmp_path: Path, how: str
 ) -> None:
-    file = write_rows(spark, tmp_path / "in")
+    file = write_rows(tmp_path / "in")
     damage(file, how)
     source = InputSpec(path=str(tmp_path / "in"), format="parquet")
     expect_unreadable(lambda: read_candidates(spark, source), file.name, "a file is damaged")
@@ -497,9 +505,9 @@ def test_parquet_that_is_none_is_named_when_its_schema_is_read(
     ],
 )
 def test_a_file_that_shows_itself_unreadable_later_is_named_too(
-    spark: SparkSession, tmp_path: Path, form: str, how: str, said: str
+    spark: SparkSession, write_rows: WriteRows, tmp_path: Path, form: str, how: str, said: str
 ) -> None:
-    file = write_rows(spark, tmp_path / "in", form)
+    file = write_rows(tmp_path / "in", form)
     damage(file, how)
     source = InputSpec(path=str(tmp_path / "in"), format=form)
 
@@ -511,9 +519,9 @@ def test_a_file_that_shows_itself_unreadable_later_is_named_too(
 
 
 def test_a_file_that_becomes_unreadable_in_the_middle_of_a_job_is_explained(
-    spark: SparkSession, tmp_path: Path
+    spark: SparkSession, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    file = write_rows(spark, tmp_path / "in")
+    file = write_rows(tmp_path / "in")
     rows = spark.read.parquet(str(tmp_path / "in"))
     damage(file, "corrupt")
     with pytest.raises(Exception, match="FAILED_READ_FILE") as caught:
@@ -541,9 +549,12 @@ LOG = f"{0:020}.json"
 
 @pytest.mark.parametrize("call", [read_candidates, input_version])
 def test_a_folder_without_a_delta_log_is_refused(
-    spark: SparkSession, tmp_path: Path, call: Callable[[SparkSession, InputSpec], object]
+    spark: SparkSession,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    call: Callable[[SparkSession, InputSpec], object],
 ) -> None:
-    write_rows(spark, tmp_path / "in", "delta")
+    write_rows(tmp_path / "in", "delta")
     shutil.rmtree(tmp_path / "in" / "_delta_log")
     source = InputSpec(path=str(tmp_path / "in"))
     expect_unreadable(lambda: call(spark, source), "in", "cannot be read as delta")
@@ -561,13 +572,14 @@ def test_a_folder_without_a_delta_log_is_refused(
 )
 def test_a_delta_table_whose_log_is_damaged_is_refused(
     spark: SparkSession,
+    write_rows: WriteRows,
     tmp_path: Path,
     call: Callable[[SparkSession, InputSpec], object],
     checksum: bool,
     file: str,
     said: str,
 ) -> None:
-    write_rows(spark, tmp_path / "in", "delta")
+    write_rows(tmp_path / "in", "delta")
     (tmp_path / "in" / "_delta_log" / LOG).write_text("this was never a log\n")
     if not checksum:
         for path in (tmp_path / "in" / "_delta_log").glob("*.crc"):
@@ -590,8 +602,10 @@ def test_a_gap_in_the_log_of_a_delta_table_is_refused(spark: SparkSession, tmp_p
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 @pytest.mark.parametrize("form", ["parquet", "delta", "json"])
-def test_a_file_without_permission_is_named(spark: SparkSession, tmp_path: Path, form: str) -> None:
-    file = write_rows(spark, tmp_path / "in", form)
+def test_a_file_without_permission_is_named(
+    spark: SparkSession, write_rows: WriteRows, tmp_path: Path, form: str
+) -> None:
+    file = write_rows(tmp_path / "in", form)
     file.chmod(0)
     source = InputSpec(path=str(tmp_path / "in"), format=form)
     expect_unreadable(lambda: read_candidates(spark, source), file.name, "no permission")
@@ -640,14 +654,14 @@ def test_errors_that_are_not_about_a_file_stay_as_they_are(
 
 
 def test_patterns_and_paths_of_the_default_file_system_are_read(
-    spark: SparkSession, tmp_path: Path
+    spark: SparkSession, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     for name in ("a-1", "a-2", "b-1", "c[1]"):
         write(tmp_path / f"{name}.jsonl", [{"prompt": "a", "completion": name}])
     assert [r["completion"] for r in read(spark, f"{tmp_path}/a-*.jsonl")] == ["a-1", "a-2"]
     assert [r["completion"] for r in read(spark, f"{tmp_path}/{{a,b}}-1.jsonl")] == ["a-1", "b-1"]
     folder = tmp_path / "t[1]"
-    write_rows(spark, folder, "delta")
+    write_rows(folder, "delta")
     assert read_candidates(spark, InputSpec(path=str(folder))).count() == len(GOOD)
     # Where the cluster's default is another file system, a bare path is one of its own: here
     # Hadoop's view of folders, in which /seen is this test's.

@@ -47,6 +47,7 @@ from cdr.weighing import mean_letter_mass
 from jobs.annotate import annotate, dry_run
 from jobs.evaluate import evaluate
 from tests.chat_endpoint import Reply, say, serve
+from tests.spark.conftest import MakeStore
 from tests.tokenizers import make_smollm2
 
 PAIRS = [
@@ -98,9 +99,9 @@ def make_classifier(folder: Path) -> tuple[LlamaForSequenceClassification, PreTr
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A registry for the module: creating its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+def store(make_store: MakeStore, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry for the module."""
+    return make_store(tmp_path_factory.mktemp("store"))
 
 
 def predict(reward: dict[str, Any], store: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -134,7 +135,12 @@ def test_a_classifier_gives_its_own_scores_asks_once_and_is_compared_with_a_judg
     }
     judge = {"form": "judge", "models": {"judge": {"path": path, "engine": "stub"}}}
     rows = {"rm": {}, "judge": {"change": judge}}
-    config = {**whole, "input": write(tmp_path / "pairs.jsonl", PAIRS), "rows": rows}
+    config = {
+        **whole,
+        "input": write(tmp_path / "pairs.jsonl", PAIRS),
+        "rows": rows,
+        "report": {"enabled": False},
+    }
     warehouse = Warehouse(spark, str(tmp_path / "warehouse"))
     plans = plan_evaluation(EvaluateConfig.model_validate(config))
     # The second time all is in the one store: a score per answer, two letters per order of a pair.
@@ -287,6 +293,7 @@ def test_a_judge_compares_all_candidates_in_both_orders_and_asks_once(
             },
             "run": {"max_rejected_fraction": 1},
             "tracking": {"enabled": False},
+            "report": {"enabled": False},
         }
     )
     plan, warehouse = plan_annotation(config), Warehouse(spark, config.warehouse)
@@ -381,6 +388,7 @@ def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejecte
                 },
                 "run": {"max_rejected_fraction": 1, "max_failed_fraction": 1},
                 "tracking": {"enabled": False},
+                "report": {"enabled": False},
             }
         )
         plan, warehouse = plan_annotation(config), Warehouse(spark, config.warehouse)

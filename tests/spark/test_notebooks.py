@@ -25,6 +25,7 @@ from cdr.warehouse import Warehouse
 from jobs.evaluate import evaluate
 from jobs.pair_study import study
 from tests.spark.annotated import REWARD, Annotated
+from tests.spark.conftest import MakeStore
 from tests.spark.test_evaluate import GOOD, PLAIN, REWARDBENCH, make_config
 from tests.spark.test_pair_study import MODELS
 from tests.spark.test_pair_study import plan as plan_small_study
@@ -149,6 +150,7 @@ def test_choose_a_pair_says_what_the_tables_of_evaluations_and_a_study_say(
 def test_preferences_to_simpo_trains_on_the_latest_pairs_and_follows_the_links(
     spark: SparkSession,
     annotated: Annotated,
+    make_store: MakeStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     execute: Callable[[str, Path], Said],
@@ -161,6 +163,7 @@ def test_preferences_to_simpo_trains_on_the_latest_pairs_and_follows_the_links(
     monkeypatch.setenv("CDR_CACHE", str(tmp_path / "cache"))
     mine = annotated.copy(tmp_path)
     folder = str(mine.warehouse)
+    make_store(mine.warehouse)
     # As an annotate run with tracking would have left the table.
     with RunTracker(TrackingSpec(), folder, run_name="annotate", config={}) as annotate:
         pass

@@ -20,6 +20,7 @@ from cdr.tables import BENCHMARK_PAIRS, LOGPROBS, RUNS, STUDY_PAIRS, Table
 from cdr.warehouse import Warehouse
 from jobs.evaluate import evaluate
 from jobs.pair_study import dry_run, study
+from tests.spark.conftest import MakeStore
 from tests.spark.test_evaluate import BAD, GOOD, REWARDBENCH
 from tests.tokenizers import make_smollm2
 
@@ -29,8 +30,9 @@ SHORT = 100
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(make_store: MakeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
+    make_store(folder)
     make_smollm2().save_pretrained(folder / "tokenizer")
     long = {**GOOD[0], "id": 77, "chosen": "Ask the council. " * 40}
     rows = [*GOOD, *(row for row, _ in BAD.values()), long]
@@ -126,6 +128,7 @@ def test_a_cell_is_what_evaluating_its_two_models_as_a_reward_gives(
                 "encoding": {"template": "plain"},
             },
             "tracking": {"enabled": False},
+            "report": {"enabled": False},
         }
     )
     assert evaluate(plan_evaluation(config), warehouse) == 0

@@ -20,6 +20,7 @@ from cdr.tables import POLICY_RESULTS, RUNS
 from cdr.tracking import RunTracker
 from cdr.tracking_store import open_store
 from cdr.warehouse import Warehouse
+from tests.spark.conftest import MakeStore
 from tests.unit.test_policy_study import carry_out, load, model, tree
 
 __all__ = ["load", "model", "tree"]  # fixtures
@@ -36,13 +37,14 @@ def test_results_are_in_delta_and_the_stages_below_the_studys_run(
     spark: SparkSession,
     tree: dict[str, Any],
     load: Callable[..., PolicyStudyConfig],
+    make_store: MakeStore,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "DATABRICKS_RUNTIME_VERSION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CDR_CACHE", str(tmp_path / "cache"))
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = make_store(tmp_path)
     reward = plan_reward(load_reward_config(tmp_path / "reward.yaml"))
     register_reward(reward, uri=uri, name="ours", alias="best")
     tree["rows"]["registered"] = {"registered": "models:/ours@best"}

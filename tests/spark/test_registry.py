@@ -1,7 +1,7 @@
 """Rewards in a real MLflow registry: registered, annotated with, predicted with, and refused.
 
 Stub models in real engine hosts: the job, `predict` and the Spark function must agree to the last
-bit. One test asks the demo's real models.
+bit. One test asks real models: tiny ones.
 """
 
 from __future__ import annotations
@@ -39,14 +39,11 @@ from jobs.annotate import main as annotate_main
 from jobs.evaluate import main as evaluate_main
 from jobs.register_reward import main as register
 from tests.chat_endpoint import say, serve
+from tests.spark.conftest import MakeStore
+from tests.tiny_model import save_tiny_model
 from tests.tokenizers import CHATML_TEMPLATE, make_small_bpe, make_smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
-# Looked up before the session's fixture gives the tests a cache of their own.
-DEMO_MODEL = (
-    Path(os.environ.get("CDR_CACHE", "~/.cache/cdr")).expanduser()
-    / "models" / "smollm2-135m-instruct"
-)  # fmt: skip
 
 # Of MLflow itself: old pandas and pydantic calls, and type hints of its own classes.
 pytestmark = pytest.mark.filterwarnings(
@@ -120,8 +117,9 @@ class Store:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(make_store: MakeStore, tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("store")
+    make_store(folder / "warehouse")
     make_smollm2().save_pretrained(folder / "smollm2")
     special = ("<|im_end|>", "<|im_start|>")
     make_small_bpe(CHATML_TEMPLATE, special=special).save_pretrained(folder / "small")
@@ -159,6 +157,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             "columns": {name: name for name in columns},
         },
         "reward": "models:/stub@champion",
+        "report": {"enabled": False},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return Store(folder)
@@ -415,7 +414,7 @@ def judged(store: Store, spark: SparkSession) -> Warehouse:
     config |= {
         "dataset": "judged",
         "warehouse": str(store.folder / "judged"),
-        "tracking": {"uri": store.uri},
+        "tracking": {"uri": store.uri, "enabled": False},  # the registry alone
         "run": {"max_rejected_fraction": 1},
     }
     config["input"]["path"] = str(source)
@@ -656,18 +655,31 @@ def test_a_model_that_is_no_reward_is_refused(registered: Store) -> None:
         load_annotation_plan(registered.folder / "run.yaml", ["reward=models:/other/1"])
 
 
-@pytest.mark.skipif(not (DEMO_MODEL / "config.json").exists(), reason="make setup makes the model")
-def test_the_demos_models_give_a_spark_function_the_rewards_of_the_run(
-    spark: SparkSession, tmp_path: Path
+def save_adapter(model: Path, folder: Path) -> Path:
+    """Write a LoRA adapter that changes much; give its folder."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=64, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
+    return folder
+
+
+def test_real_models_give_a_spark_function_the_rewards_of_the_run(
+    spark: SparkSession, make_store: MakeStore, tmp_path: Path
 ) -> None:
     warehouse_folder = tmp_path / "warehouse"
-    uri = f"sqlite:///{warehouse_folder}/mlflow.db"
+    uri = make_store(warehouse_folder)
+    model = save_tiny_model(tmp_path / "model")
     models = [
         f"models.{role}.{key}"
         for role in ("strong", "weak", "router")
-        for key in (f"path={DEMO_MODEL}", "dtype=float32")
+        for key in (f"path={model}", "dtype=float32")
     ]
-    name = "smollm2-dpo-over-start"
+    models.append(f"models.strong.adapter={save_adapter(model, tmp_path / 'adapter')}")
+    name = "smollm2-dpo-over-start"  # the demo's, with these models
     arguments = [word for item in [*models, "routing.mode=none"] for word in ("--set", item)]
     config = str(ROOT / "conf" / "rewards" / f"{name}.yaml")
     assert register(["--config", config, "--tracking-uri", uri, "--alias", "a", *arguments]) == 0
@@ -675,7 +687,12 @@ def test_the_demos_models_give_a_spark_function_the_rewards_of_the_run(
     lines = (ROOT / "conf" / "demo" / "completions.jsonl").read_text().splitlines()[:4]
     (tmp_path / "input.jsonl").write_text("\n".join(lines))
     run = str(ROOT / "conf" / "annotate" / "demo.yaml")
-    changes = [f"warehouse={warehouse_folder}", f"input.path={tmp_path / 'input.jsonl'}"]
+    changes = [
+        f"warehouse={warehouse_folder}",
+        f"input.path={tmp_path / 'input.jsonl'}",
+        "report.enabled=false",
+        "tracking.enabled=false",
+    ]
     sets = [word for item in changes for word in ("--set", item)]
     assert annotate_main(["--config", run, "--reward", f"models:/{name}@a", *sets]) == 0
     warehouse = Warehouse(spark, str(warehouse_folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,7 @@ from cdr.encoding import EncodingPlan
 from cdr.engines.base import EngineSpec
 from cdr.plan import AnnotationPlan, RewardPlan
 from cdr.progress import TaskCounter
-from cdr.scoring import plan_waves, plan_work, score_wave
+from cdr.scoring import Wave, Work, plan_waves, plan_work, score_wave
 from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.tables import LOGPROBS
@@ -113,9 +113,16 @@ def score_all(spark: SparkSession, context: Context, rows: DataFrame) -> tuple[i
     """Plan and score; give waves, scored and failed."""
     work = plan_work(rows, context)
     waves = plan_waves(work, context)
+    return len(waves), *score(spark, context, work, waves)
+
+
+def score(
+    spark: SparkSession, context: Context, work: Work, waves: Sequence[Wave]
+) -> tuple[int, int]:
+    """Score what was planned; give scored and failed."""
     counter = TaskCounter.create(spark)
     results = [score_wave(wave, work, context, fake_score, counter) for wave in waves]
-    return len(waves), sum(r.committed for r in results), sum(r.failed for r in results)
+    return sum(r.committed for r in results), sum(r.failed for r in results)
 
 
 def test_identical_questions_are_asked_once(spark: SparkSession, tmp_path: Path) -> None:
@@ -146,7 +153,7 @@ def test_what_is_in_the_store_is_not_asked_again_and_what_failed_is(
 def test_waves_cover_the_work_whole_and_without_overlap(
     spark: SparkSession, tmp_path: Path, placement: str
 ) -> None:
-    context = make_context(spark, tmp_path, placement=placement, wave_tokens=40, task_tokens=20)
+    context = make_context(spark, tmp_path, placement=placement, wave_tokens=60, task_tokens=20)
     names = [f"{first}{second}" for first in "abcdefgh" for second in "xyz"]
     rows = encoded(spark, {name: [[1, 2, 3], [4]] for name in names})
     work = plan_work(rows, context)
@@ -159,8 +166,7 @@ def test_waves_cover_the_work_whole_and_without_overlap(
         assert all(len(names) == 1 for names in loaded)
     else:
         assert all(names == ["strong", "weak"] for names in loaded)
-    _, scored, failed = score_all(spark, context, rows)
-    assert (scored, failed) == (work.completions, 0)
+    assert score(spark, context, work, waves) == (work.completions, 0)
     assert context.warehouse.read(LOGPROBS).count() == work.completions == len(names) * 4
 
 

@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -93,10 +94,11 @@ def statements(annotated: Annotated, *, spark: bool) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ask_spark(spark: SparkSession, annotated: Annotated) -> Iterator[Ask]:
-    """Put a question of the page to Spark."""
+    """Put a question of the page to Spark, once: nothing changes the tables."""
     for statement in statements(annotated, spark=True):
         spark.sql(statement)
 
+    @cache
     def ask(question: str) -> list[dict[str, Any]]:
         rows = spark.sql(filled(QUERIES[question].text, annotated)).collect()
         return [row.asDict(recursive=True) for row in rows]

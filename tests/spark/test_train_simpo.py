@@ -28,6 +28,7 @@ from cdr.errors import ConfigError, InputError, SetupError, TableError
 from cdr.tracking import RunTracker
 from jobs.train_simpo import main
 from tests.spark.annotated import REWARD, Annotated
+from tests.spark.conftest import MakeStore
 from tests.tiny_model import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +55,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def warehouse(annotated: Annotated, tmp_path: Path) -> Annotated:
-    return annotated.copy(tmp_path)
+def warehouse(annotated: Annotated, make_store: MakeStore, tmp_path: Path) -> Annotated:
+    copy = annotated.copy(tmp_path)
+    make_store(copy.warehouse)
+    return copy
 
 
 def write_config(warehouse: Annotated, start: Path, **changes: Any) -> str:

@@ -12,14 +12,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from cdr.config import AnnotateConfig
-from cdr.encoding import EncodingPlan
+from cdr.encoding import EncodingPlan, TokenizerSpec
 from cdr.engines.base import EngineSpec
-from cdr.errors import ConfigError
+from cdr.errors import ConfigError, ModelError
 from cdr.models import ResolvedModel
 from cdr.placement import place, weights_bytes
-from cdr.plan import AnnotationPlan, RewardPlan
+from cdr.plan import AnnotationPlan, RewardPlan, RoutePlan
+from cdr.prompt_pack import load_prompt_pack
 from cdr.reward_config import ModelSpec
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 PARAMETERS = 1 << 20  # 4 MiB in float32, with a quarter more 5 MiB
 GIB_OF_A_MIB = 1 / 1024
 
@@ -57,6 +59,12 @@ def make_plan(models: list[ResolvedModel], **run: Any) -> AnnotationPlan:
         key="k",
     )
     return AnnotationPlan(config=config, dataset="d", limit=None, reward=reward)
+
+
+def make_route(engine: EngineSpec) -> RoutePlan:
+    pack = load_prompt_pack(str(CONF / "prompts" / "cdr-v1.yaml"))
+    tokenizer = TokenizerSpec(engine.name, "", None, "", 10, 10)
+    return RoutePlan(pack, ("chat",), engine, tokenizer, 0.5, "chat", False, "k")
 
 
 def placed(models: list[ResolvedModel], memory_mib: float, **run: Any) -> AnnotationPlan:
@@ -98,6 +106,16 @@ def test_two_adapters_on_one_copy_of_weights_have_the_device_to_themselves(
     plan = placed([strong, replace(strong, role="weak", engine_spec=base)], 6)  # 5 ≤ 0.9 · 6
     assert plan.config.run.placement == "colocated"
     assert [engine.memory_fraction for engine in plan.reward.engines] == [None, None]
+
+
+def test_a_router_that_also_scores_is_loaded_as_for_scoring(pair: list[ResolvedModel]) -> None:
+    plan = make_plan(pair, device_memory_gib=1, placement="colocated")
+    strong, alone = pair[0].engine_spec, EngineSpec("router", "vllm", "", tensor_parallel=4)
+    for engine, share in ((strong, 0.45), (alone, None)):
+        reward = replace(plan.reward, route=make_route(engine))
+        route = place(replace(plan, reward=reward), None).reward.route  # type: ignore[arg-type]
+        assert route is not None
+        assert route.engine == replace(engine, memory_fraction=share)
 
 
 def test_shares_beyond_the_device_are_refused(tmp_path: Path) -> None:
@@ -147,6 +165,27 @@ def test_weights_count_in_the_dtype_they_run_in_and_quantised_ones_as_stored(
     assert weights_bytes(half) == 2 * PARAMETERS
     save_file({"q": np.zeros(PARAMETERS, np.int8)}, tmp_path / "m" / "more.safetensors")
     assert weights_bytes(half) == 2 * PARAMETERS + PARAMETERS
+
+
+def test_a_second_copy_of_the_weights_is_not_counted(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "m")
+    save_file({"w": np.zeros(PARAMETERS, np.float32)}, tmp_path / "m/consolidated.safetensors")
+    assert weights_bytes(model) == 4 * PARAMETERS
+    # With an index, its files are the weights: one of them is still to come.
+    index = {"metadata": {"total_size": 5 * PARAMETERS}, "weight_map": {"a": "1.safetensors"}}
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "m/config.json").write_text('{"dtype": "float32"}')
+    assert weights_bytes(model) == 5 * PARAMETERS
+    save_file({"a": np.zeros(PARAMETERS, np.float16)}, tmp_path / "m/1.safetensors")
+    assert weights_bytes(model) == 4 * PARAMETERS  # run in 4 bytes
+
+
+def test_a_file_without_weights_is_told(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "m")
+    for text in ("version https://git-lfs.github.com/spec/v1\n", ""):
+        (tmp_path / "m/model.safetensors").write_text(text)
+        with pytest.raises(ModelError, match=r"is no safetensors file(.|\n)*git lfs pull"):
+            weights_bytes(model)
 
 
 def test_a_hub_models_index_tells_its_size_and_without_one_auto_is_refused(

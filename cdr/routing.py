@@ -103,7 +103,7 @@ def route_wave(
     route, spec = run.plan.reward.route, run.plan.config.run
     assert route is not None
     return answer_wave(
-        cut_tasks(work.rows, wave, run).select("prompt_hash", "prompt"),
+        cut_tasks(work.rows, wave, run, "prompt_hash").select("prompt_hash", "prompt"),
         make_route(route, spec, counter),
         ROUTED_DDL,
         run,

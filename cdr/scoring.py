@@ -37,7 +37,8 @@ class Work:
 
     Args:
         rows: one row per model and prefix with something missing: model_key, bucket, prompt_hash,
-            prefix_hash, prefix_ids, completion_hashes, completions_ids and their numbers.
+            head, prefix_hash, prefix_ids, completion_hashes, completions_ids and their numbers. A
+            `head` names the instruction and exemplar that prefixes of the prompt begin with.
         asked: log-probs the reward needs; identical ones count once.
         missing: what each model has to read, by model key.
         bucket_tokens: the tokens of that by model key and bucket.
@@ -77,8 +78,9 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
         run: the run.
     """
     models = F.col("model_key").isin([engine.name for engine in run.plan.reward.engines])
-    views = encoded.select("prompt_hash", F.explode("views").alias("v")).select(
-        "prompt_hash", "v.model_key", "v.prefix_hash", "v.prefix_ids", "v.candidates"
+    head = F.concat_ws(" ", "instruction_id", "exemplar_id").alias("head")
+    views = encoded.select("prompt_hash", head, F.explode("views").alias("v")).select(
+        "prompt_hash", "head", "v.model_key", "v.prefix_hash", "v.prefix_ids", "v.candidates"
     )
     per_prompt = ["model_key", "prefix_hash", "prompt_hash"]
     # Hashes alone are taken apart and joined; the ids, which are most of the bytes, stay put.
@@ -104,6 +106,7 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
     )
     # A prompt may stand under several ids, a completion several times in it.
     prompts = views.groupBy(*per_prompt).agg(
+        F.first("head").alias("head"),
         F.first("prefix_ids").alias("prefix_ids"),
         F.array_distinct(F.flatten(F.collect_list(completions))).alias("completions"),
     )
@@ -115,6 +118,7 @@ def plan_work(encoded: DataFrame, run: Context) -> Work:
             "model_key",
             bucket_column("prompt_hash").alias("bucket"),
             "prompt_hash",
+            "head",
             "prefix_hash",
             "prefix_ids",
             F.transform("missing", lambda c: c["hash"]).alias("completion_hashes"),
@@ -199,9 +203,10 @@ def score_wave(
 ) -> WaveResult:
     """Score one wave and append it to `logprobs` in one commit.
 
-    A prompt's questions go to one task, prompts sorted so that neighbours share the longest
-    prefix, and all models of a prompt are asked in turn, so that none waits for the other to get
-    through the task.
+    A prompt's questions go to one task, and prompts with the same instruction and exemplar to the
+    same task as far as it reaches: each task reads those anew. They are sorted so that neighbours
+    share the longest prefix, and all models of a prompt are asked in turn, so that none waits for
+    the other to get through the task.
 
     Args:
         wave: from `plan_waves`.
@@ -215,9 +220,10 @@ def score_wave(
     # A prompt's place among the others is its longest prefix in the tokens of one model: the shared
     # text of domain and exemplar leads in all of them.
     longest_of_one_model = F.struct("model_key", -F.size("prefix_ids"))
-    prompt = Window.partitionBy("prompt_hash")
+    prompt = Window.partitionBy("head", "prompt_hash")
+    asked = work.rows.where(F.col("model_key").isin(names))
     questions = (
-        cut_tasks(work.rows.where(F.col("model_key").isin(names)), wave.buckets, run)
+        cut_tasks(asked, wave.buckets, run, "head", "prompt_hash")
         # The window finds its rows where they are: no second shuffle.
         .withColumn("place", F.min_by("prefix_ids", longest_of_one_model).over(prompt))
         .sortWithinPartitions("place", "model_key")

@@ -68,17 +68,23 @@ def cut_buckets(tokens: Mapping[int, int], tokens_per_wave: int) -> list[BucketR
     return ranges
 
 
-def cut_tasks(rows: DataFrame, wave: BucketRange, run: Context) -> DataFrame:
-    """Take a wave's rows, cut into Spark tasks: a prompt's rows lie in one.
+def cut_tasks(rows: DataFrame, wave: BucketRange, run: Context, *together: str) -> DataFrame:
+    """Take a wave's rows, cut into Spark tasks of rows that are neighbours.
 
     There are enough tasks for `run.task_tokens` each on average, and one per device at least.
 
-    Reads: prompt_hash, bucket.
+    Reads: bucket, and those of `together`.
+
+    Args:
+        rows: of all waves.
+        wave: the buckets to take.
+        run: the run.
+        together: columns that say what is near to what; rows alike in all of them lie in one task.
     """
     num_tasks = math.ceil(wave.tokens / run.plan.config.run.task_tokens)
     # An explicit number is kept by adaptive execution: no device idles.
-    return rows.where(wave.holds(F.col("bucket"))).repartition(
-        max(run.num_devices, num_tasks), "prompt_hash"
+    return rows.where(wave.holds(F.col("bucket"))).repartitionByRange(
+        max(run.num_devices, num_tasks), *together
     )
 
 

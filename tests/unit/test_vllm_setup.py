@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,10 +19,16 @@ from safetensors.numpy import save_file
 
 from cdr.config import load_annotate_config
 from cdr.engines import vllm, vllm_setup
-from cdr.engines.adapters import AdapterShape, read_adapter_shape, share_weights
+from cdr.engines.adapters import (
+    AdapterShape,
+    find_ignored_keys,
+    read_adapter_shape,
+    share_weights,
+)
 from cdr.engines.base import EngineSpec, make_engine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import (
+    check_addresses,
     check_devices,
     check_version,
     find_vllm_version,
@@ -27,6 +36,7 @@ from cdr.engines.vllm_setup import (
     resolve_head_dtype,
     set_environment,
 )
+from cdr.engines.vllm_worker import WorkerExtension
 from cdr.errors import ConfigError, ModelError
 from cdr.models import resolve_models
 from cdr.plan import plan_annotation
@@ -102,10 +112,19 @@ def test_an_automatic_head_is_the_best_that_the_installed_version_has(
 @pytest.mark.parametrize(
     ("version", "fields", "message"),
     [
-        (None, {}, "not installed here(.|\n)*pip install 'vllm>=0.26'"),
+        (None, {}, r"not installed here(.|\n)*'vllm>=0.26' where the GPUs are, vllm==0\.19\.1"),
         ("0.12.0", {}, "0.13 or newer, got 0.12.0(.|\n)*pip install"),
-        ("0.25.1", {"head_dtype": "float32"}, "0.25.1 computes it in bfloat16(.|\n)*auto"),
-        ("0.32.0", {"dtype": "float32", "head_dtype": "bfloat16"}, "cannot run in bfloat16"),
+        (
+            "0.25.1",
+            {"head_dtype": "float32"},
+            r"0.25.1 computes it in bfloat16(.|\n)*set head_dtype to bfloat16 \(auto is decided by "
+            "the vLLM of the driver(.|\n)*driver 580",
+        ),
+        (
+            "0.32.0",
+            {"dtype": "float32", "head_dtype": "bfloat16"},
+            "cannot run in bfloat16(.|\n)*fix: set head_dtype to float32 or float32$",
+        ),
     ],
 )
 def test_a_version_that_would_not_do_what_the_spec_says_is_refused(
@@ -149,7 +168,7 @@ def test_arguments_follow_the_spec(model: Path) -> None:
         "tensor_parallel_size": 2,
         "enable_lora": True,
         "max_lora_rank": 16,
-        "lora_target_modules": ["k_proj", "q_proj"],
+        "lora_target_modules": ["k_proj", "q_proj", "qkv_proj"],  # vLLM's layer of q, k and v
         "hf_overrides": {"rope_theta": 5, "head_dtype": "float32"},
     }
     assert expected.items() <= arguments.items()
@@ -185,6 +204,24 @@ def test_the_users_environment_wins(model: Path, monkeypatch: pytest.MonkeyPatch
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+FETCH_AFTER_FOLDER = """
+import os
+os.environ.pop("HF_HUB_OFFLINE", None)
+import sys
+from cdr.engines.base import EngineSpec
+from cdr.engines.vllm_setup import set_environment
+set_environment(EngineSpec("m", "vllm", sys.argv[1]), 1)
+assert os.environ["HF_HUB_OFFLINE"] == "1"
+from huggingface_hub import constants
+assert not constants.HF_HUB_OFFLINE
+"""
+
+
+def test_a_host_that_has_loaded_a_folder_can_still_fetch_a_model_from_the_hub(model: Path) -> None:
+    """The hub's client reads its variables once, and vLLM's children are not to call the hub."""
+    subprocess.run([sys.executable, "-c", FETCH_AFTER_FOLDER, str(model)], check=True)
 
 
 def make_platform(num_devices: int, memory_bytes: int) -> Any:
@@ -258,6 +295,77 @@ def test_an_adapters_rank_is_rounded_up_to_one_that_vllm_has(tmp_path: Path) -> 
         read_adapter_shape(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"rank_pattern": {"q_proj": 8}}, ["rank_pattern"]),
+        (
+            {"alpha_pattern": {"q_proj": 8}, "init_lora_weights": "olora"},
+            ["alpha_pattern", "init_lora_weights"],
+        ),
+        ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
+        ({"rank_pattern": {}, "init_lora_weights": True, "lora_bias": False}, []),
+        ({"init_lora_weights": "gaussian"}, []),
+    ],
+)
+def test_what_makes_an_adapter_more_than_plain_lora_must_be_known_to_vllm(
+    tmp_path: Path, fields: dict[str, Any], ignored: list[str]
+) -> None:
+    adapter = make_adapter(tmp_path / "a", **fields)
+    old = ["r", "lora_alpha", "target_modules", "bias", "modules_to_save"]  # those of vLLM 0.19.1
+    assert find_ignored_keys(adapter, old) == ignored
+    assert find_ignored_keys(adapter, [*old, *fields]) == []
+
+
+def load_adapter(
+    monkeypatch: pytest.MonkeyPatch, adapter: Path, *, wrapped: set[str], loaded: set[str]
+) -> Any:
+    """Load an adapter into a core whose vLLM made some layers fit for adapters."""
+
+    @dataclass
+    class PEFTHelper:  # of vLLM 0.19.1, which is silent about any other key
+        r: int
+        lora_alpha: int
+
+    monkeypatch.setitem(
+        sys.modules, "vllm.lora.peft_helper", SimpleNamespace(PEFTHelper=PEFTHelper)
+    )
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=tuple_of))
+    worker = WorkerExtension()
+    adapters = {1: SimpleNamespace(loras=dict.fromkeys(loaded))}
+    manager = SimpleNamespace(modules=dict.fromkeys(wrapped), get_adapter=adapters.get)
+    worker.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+    core = object.__new__(vllm._Core)
+    core.version = "vllm 0.19.1 / torch 2"
+    core._turn, core._adapters = threading.Lock(), {}
+    core._llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(add_lora=lambda request: True),
+        collective_rpc=lambda method, args: [getattr(worker, method)(*args)],
+    )
+    return core.load_adapter(EngineSpec("m", "vllm", "x", adapter_path=str(adapter)))
+
+
+def tuple_of(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def test_an_adapter_of_which_vllm_would_leave_out_a_part_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_adapter(tmp_path / "plain")
+    wrapped = {"layers.0.qkv_proj", "layers.0.o_proj", "layers.0.experts"}
+    whole = {"layers.0.qkv_proj", "layers.0.experts", "layers.0.experts.base_layer"}
+    request = load_adapter(monkeypatch, plain, wrapped=wrapped, loaded=whole)
+    assert request == ("m", 1, str(plain))
+    with pytest.raises(ModelError, match=r"leave out 2 modules, such as layers\.0\.k_proj"):
+        load_adapter(
+            monkeypatch, plain, wrapped=wrapped, loaded={"layers.0.k_proj", "layers.0.q_proj"}
+        )
+    uneven = make_adapter(tmp_path / "uneven", alpha_pattern={"q_proj": 8})
+    with pytest.raises(ModelError, match=r"0\.19\.1 / torch 2 would ignore its alpha_pattern"):
+        load_adapter(monkeypatch, uneven, wrapped=wrapped, loaded=whole)
+
+
 def test_engines_that_differ_by_adapter_only_share_weights(tmp_path: Path, model: Path) -> None:
     weak = spec_of(model)
     strong = replace(weak, name="s", adapter_path=str(make_adapter(tmp_path / "a", r=12)))
@@ -325,6 +433,71 @@ def test_engines_with_the_same_weights_are_on_one_core_until_the_last_is_closed(
     assert [core.num_closed for core in cores] == [1, 1]
     VllmEngine(shared[0]).close()
     assert len(cores) == 3
+
+
+@pytest.mark.parametrize("visible", ["GPU-5b8f", "0,MIG-7c1a"])
+def test_gpus_without_a_number_are_refused_where_vllm_reads_numbers(
+    install: Any, model: Path, monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    install(vllm="0.19.1")
+    spec, old = spec_of(model), make_platform(1, GIB)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ModelError, match=rf"0\.19\.1 must get GPUs by their index, got {visible}"):
+        check_addresses(spec, old)
+    check_addresses(spec, make_platform(0, GIB))  # a CPU
+    new = SimpleNamespace(is_cpu=old.is_cpu, device_control_id_to_physical_device_id=int)
+    check_addresses(spec, new)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 3")
+    check_addresses(spec, old)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    check_addresses(spec, old)
+
+
+# What vLLM 0.19.1 writes with tensor parallelism: the worker's error, then the core's about it.
+FAILED_LOAD = """\
+(EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-26 05:46:20 [multiproc_executor.py:800] WorkerProc failed to start.
+(EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-26 05:46:20 [multiproc_executor.py:800] Traceback (most recent call last):
+(EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-26 05:46:20 [multiproc_executor.py:800]     raise RuntimeError("a b")
+(EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-26 05:46:20 [multiproc_executor.py:800] torch.OutOfMemoryError: CUDA out of memory.
+(EngineCore pid=7) (Worker_TP1 pid=9) ERROR 11-26 05:46:20 [multiproc_executor.py:800] torch.OutOfMemoryError: CUDA out of memory.
+(EngineCore pid=7) ERROR 11-26 05:46:21 [core.py:1099] EngineCore failed to start.
+(EngineCore pid=7) ERROR 11-26 05:46:21 [core.py:1099] Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace for root cause.
+(EngineCore pid=7) Process EngineCore:
+(EngineCore pid=7) ValueError: no memory for the cache
+"""  # noqa: E501 - as it is written
+POINTER = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+
+
+def test_the_cause_of_a_failed_load_is_taken_from_what_vllms_children_wrote(
+    model: Path, tmp_path: Path
+) -> None:
+    def explain(error: str, log: Path) -> str:
+        """Explain a load in a process whose standard error is a file with earlier errors in it."""
+        script = (
+            "import sys\n"
+            "from cdr.engines.base import EngineSpec\n"
+            "from cdr.engines.vllm_errors import explain_load, measure_log\n"
+            "begin = measure_log()\n"
+            "sys.stderr.write(sys.argv[2]); sys.stderr.flush()\n"
+            "spec = EngineSpec('m', 'vllm', 'x')\n"
+            "print(explain_load(RuntimeError(sys.argv[1]), spec, log_begin=begin).what)\n"
+        )
+        command = [sys.executable, "-c", script, error, FAILED_LOAD]
+        with log.open("a") as stderr:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=True
+            )
+        return done.stdout.strip()
+
+    log = tmp_path / "host.log"
+    log.write_text("KeyError: of an earlier load\n")
+    assert explain(POINTER, log) == (
+        "vLLM cannot load the model: torch.OutOfMemoryError: CUDA out of memory.; "
+        f"ValueError: no memory for the cache ({POINTER})"
+    )
+    # Nothing but what it says itself: where that is enough, and where nobody can read back.
+    assert explain("rope\n is odd", log) == "vLLM cannot load the model: rope is odd"
+    assert explain(POINTER, Path(os.devnull)) == f"vLLM cannot load the model: {POINTER}"
 
 
 def test_one_key_moves_a_whole_run_to_vllm() -> None:

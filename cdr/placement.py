@@ -46,7 +46,7 @@ def place(plan: AnnotationPlan, spark: SparkSession) -> AnnotationPlan:
 
     Returns:
         The plan with `run.placement` decided, and with the memory shares of models that are
-        loaded together.
+        loaded together. A router that also scores has its share too: it stays loaded.
 
     Raises:
         ConfigError: a model is too large for its share of a device, or its size is not known.
@@ -61,8 +61,12 @@ def place(plan: AnnotationPlan, spark: SparkSession) -> AnnotationPlan:
         _refuse_too_large(plan, needs, memory, placement)
     decided = run.model_copy(update={"placement": placement})
     config = plan.config.model_copy(update={"run": decided})
-    reward = replace(plan.reward, engines=_with_shares(plan.reward.engines, placement))
-    return replace(plan, config=config, reward=reward)
+    engines, route = _with_shares(plan.reward.engines, placement), plan.reward.route
+    if route is not None:
+        # A host keeps an engine from one stage to the next only while all of its spec is the same.
+        scoring = {engine.name: engine for engine in engines}
+        route = replace(route, engine=scoring.get(route.engine.name, route.engine))
+    return replace(plan, config=config, reward=replace(plan.reward, engines=engines, route=route))
 
 
 def share_device(engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:

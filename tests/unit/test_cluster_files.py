@@ -465,6 +465,8 @@ def test_every_model_runs_in_vllm_on_gpus_that_a_task_can_get(
     is_split = kind.endswith("mixtral")
     assert route.engine.tensor_parallel == (4 if is_split else 1)
     assert plan.config.reward.routing.model == ("router" if is_split else "strong")
+    # A model that routes and scores is loaded once.
+    assert (route.engine in plan.reward.engines) != is_split
     assert min(nodes) >= max(engine.tensor_parallel for engine in engines)
 
     context = SimpleNamespace(

@@ -12,14 +12,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from cdr.config import AnnotateConfig
-from cdr.encoding import EncodingPlan
+from cdr.encoding import EncodingPlan, TokenizerSpec
 from cdr.engines.base import EngineSpec
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel
 from cdr.placement import place, weights_bytes
-from cdr.plan import AnnotationPlan, RewardPlan
+from cdr.plan import AnnotationPlan, RewardPlan, RoutePlan
+from cdr.prompt_pack import load_prompt_pack
 from cdr.reward_config import ModelSpec
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 PARAMETERS = 1 << 20  # 4 MiB in float32, with a quarter more 5 MiB
 GIB_OF_A_MIB = 1 / 1024
 
@@ -57,6 +59,12 @@ def make_plan(models: list[ResolvedModel], **run: Any) -> AnnotationPlan:
         key="k",
     )
     return AnnotationPlan(config=config, dataset="d", limit=None, reward=reward)
+
+
+def make_route(engine: EngineSpec) -> RoutePlan:
+    pack = load_prompt_pack(str(CONF / "prompts" / "cdr-v1.yaml"))
+    tokenizer = TokenizerSpec(engine.name, "", None, "", 10, 10)
+    return RoutePlan(pack, ("chat",), engine, tokenizer, 0.5, "chat", False, "k")
 
 
 def placed(models: list[ResolvedModel], memory_mib: float, **run: Any) -> AnnotationPlan:
@@ -98,6 +106,16 @@ def test_two_adapters_on_one_copy_of_weights_have_the_device_to_themselves(
     plan = placed([strong, replace(strong, role="weak", engine_spec=base)], 6)  # 5 ≤ 0.9 · 6
     assert plan.config.run.placement == "colocated"
     assert [engine.memory_fraction for engine in plan.reward.engines] == [None, None]
+
+
+def test_a_router_that_also_scores_is_loaded_as_for_scoring(pair: list[ResolvedModel]) -> None:
+    plan = make_plan(pair, device_memory_gib=1, placement="colocated")
+    strong, alone = pair[0].engine_spec, EngineSpec("router", "vllm", "", tensor_parallel=4)
+    for engine, share in ((strong, 0.45), (alone, None)):
+        reward = replace(plan.reward, route=make_route(engine))
+        route = place(replace(plan, reward=reward), None).reward.route  # type: ignore[arg-type]
+        assert route is not None
+        assert route.engine == replace(engine, memory_fraction=share)
 
 
 def test_shares_beyond_the_device_are_refused(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cdr.errors import ModelError
+from cdr.weight_size import read_tensors
 
 GPU_EFFICIENCY = 0.4
 """Share of the dense matmul peak that scoring is assumed to reach on a GPU."""
@@ -267,16 +267,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape | None:
 
 def _shape_from_weights(folder: Path) -> ModelShape | None:
     """Count a dense model's weights in the headers of its safetensors files."""
-    sizes: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        sizes |= {
-            name: math.prod(tensor["shape"])
-            for name, tensor in header.items()
-            if name != "__metadata__"
-        }
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in read_tensors(folder)}
     embeddings = [
         size
         for name, size in sizes.items()

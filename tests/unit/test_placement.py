@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from cdr.config import AnnotateConfig
 from cdr.encoding import EncodingPlan, TokenizerSpec
 from cdr.engines.base import EngineSpec
-from cdr.errors import ConfigError
+from cdr.errors import ConfigError, ModelError
 from cdr.models import ResolvedModel
 from cdr.placement import place, weights_bytes
 from cdr.plan import AnnotationPlan, RewardPlan, RoutePlan
@@ -165,6 +165,27 @@ def test_weights_count_in_the_dtype_they_run_in_and_quantised_ones_as_stored(
     assert weights_bytes(half) == 2 * PARAMETERS
     save_file({"q": np.zeros(PARAMETERS, np.int8)}, tmp_path / "m" / "more.safetensors")
     assert weights_bytes(half) == 2 * PARAMETERS + PARAMETERS
+
+
+def test_a_second_copy_of_the_weights_is_not_counted(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "m")
+    save_file({"w": np.zeros(PARAMETERS, np.float32)}, tmp_path / "m/consolidated.safetensors")
+    assert weights_bytes(model) == 4 * PARAMETERS
+    # With an index, its files are the weights: one of them is still to come.
+    index = {"metadata": {"total_size": 5 * PARAMETERS}, "weight_map": {"a": "1.safetensors"}}
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "m/config.json").write_text('{"dtype": "float32"}')
+    assert weights_bytes(model) == 5 * PARAMETERS
+    save_file({"a": np.zeros(PARAMETERS, np.float16)}, tmp_path / "m/1.safetensors")
+    assert weights_bytes(model) == 4 * PARAMETERS  # run in 4 bytes
+
+
+def test_a_file_without_weights_is_told(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "m")
+    for text in ("version https://git-lfs.github.com/spec/v1\n", ""):
+        (tmp_path / "m/model.safetensors").write_text(text)
+        with pytest.raises(ModelError, match=r"is no safetensors file(.|\n)*git lfs pull"):
+            weights_bytes(model)
 
 
 def test_a_hub_models_index_tells_its_size_and_without_one_auto_is_refused(

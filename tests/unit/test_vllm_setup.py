@@ -205,11 +205,13 @@ def test_more_devices_than_there_are_is_refused(model: Path) -> None:
 
 
 def test_weights_larger_than_their_share_of_the_memory_are_refused(model: Path) -> None:
-    # The file is a little more than 4 KiB.
-    fits, too_large = spec_of(model, memory_fraction=0.9), spec_of(model, memory_fraction=0.4)
-    check_devices(fits, make_platform(1, 8192))
+    # 1024 numbers, stored in 4 bytes each, run in 2: 2 KiB.
+    fits, too_large = spec_of(model, memory_fraction=0.6), spec_of(model, memory_fraction=0.4)
+    check_devices(fits, make_platform(1, 4096))
     with pytest.raises(ModelError, match=r"share of its memory(.|\n)*raise memory_fraction"):
-        check_devices(too_large, make_platform(1, 8192))
+        check_devices(too_large, make_platform(1, 4096))
+    with pytest.raises(ModelError, match="share of its memory"):
+        check_devices(replace(fits, dtype="float32"), make_platform(1, 4096))
 
 
 def make_adapter(folder: Path, tensors: tuple[str, ...] = (), **fields: Any) -> Path:

@@ -121,11 +121,7 @@ def claim_device(
         yield Device("cuda", tuple(sorted(set(addresses))))
     elif visible:
         if len(visible) < num_gpus:
-            raise SetupError(
-                f"tensor_parallel needs {num_gpus} GPUs, but this machine has {len(visible)}: "
-                f"{', '.join(visible)}",
-                fix="set a smaller tensor_parallel of the model, or use larger machines",
-            )
+            raise miss_gpus(num_gpus, visible)
         folder = lock_folder or Path(tempfile.gettempdir()) / f"cdr-{os.geteuid()}-devices"
         make_private_folder(folder)
         with contextlib.ExitStack() as claim:
@@ -148,6 +144,15 @@ def miss_gpu(where: str) -> SetupError:
         "spark.executor.resource.gpu.amount=1, spark.task.resource.gpu.amount=1 and "
         "spark.executor.resource.gpu.discoveryScript, for which there is "
         "conf/cluster/gpu-discovery.sh; to run the models on CPUs, set run.device to cpu",
+    )
+
+
+def miss_gpus(num_gpus: int, visible: Sequence[str], place: str = "this machine") -> SetupError:
+    """Make the error of a model that is split over more GPUs than there are in a place."""
+    found = f"{len(visible)}: {', '.join(visible)}" if visible else "none"
+    return SetupError(
+        f"tensor_parallel needs {num_gpus} GPUs, but {place} has {found}",
+        fix="set a smaller tensor_parallel of the model, or use larger machines",
     )
 
 

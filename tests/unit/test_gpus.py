@@ -110,6 +110,32 @@ def test_one_machine_may_use_its_cpu_unless_a_gpu_is_asked_for(
     assert settle(laptop, "gpu") == "gpu"
 
 
+def settle_split(session: Any, choice: DeviceChoice = "auto") -> str:
+    engines = [EngineSpec("a", "stub", ""), EngineSpec("b", "stub", "", tensor_parallel=4)]
+    return settle_device(JobSpec(device=choice), engines, session).device
+
+
+def test_a_model_split_over_more_gpus_than_there_are_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert settle_split(make_session("4", "4")) == "gpu"
+    with pytest.raises(SetupError, match="needs 4 GPUs in one executor, which has 2"):
+        settle_split(make_session("2", "2"))
+    assert settle_split(make_session(None, None, seen=("0", "1", "2", "3"))) == "gpu"
+    with pytest.raises(SetupError, match="needs 4 GPUs, but an executor has 2: 0, 1"):
+        settle_split(make_session(None, None, seen=("0", "1")))
+    laptop = make_session(None, None, master="local[2,3]")
+    monkeypatch.setattr("cdr.executors.visible_cuda_devices", lambda: ("0", "1"))
+    with pytest.raises(SetupError, match="needs 4 GPUs, but this machine has 2: 0, 1"):
+        settle_split(laptop)
+    monkeypatch.setattr("cdr.executors.visible_cuda_devices", lambda: ())
+    with pytest.raises(SetupError, match="needs 4 GPUs, but this machine has none"):
+        settle_split(laptop)
+    for session in (laptop, make_session("4", "1")):
+        with pytest.raises(SetupError, match=r"needs 4 GPUs, but the CPU .* has none"):
+            settle_split(session, "cpu")
+
+
 def test_a_missing_vllm_is_told_on_one_machine_and_left_to_the_executors_of_a_cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

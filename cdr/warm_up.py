@@ -6,8 +6,9 @@ is asked for until every executor has answered, and told in one line per node an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from pyspark.sql import Row, SparkSession
 
@@ -24,6 +25,9 @@ WARM_UP_DDL = (
     "num_bytes bigint, seconds double, is_verified boolean, error string"
 )
 """Schema of what tasks answer: the fields of `Answer`."""
+
+EngineSet = Mapping[str, EngineSpec]
+"""Engines that are loaded together, by the role of their models."""
 
 HOLD_S = 2.0
 """Seconds for which a task keeps its slot at least."""
@@ -97,52 +101,91 @@ def plan_sources(plan: AnnotationPlan) -> dict[Source, str]:
     return {source: ", ".join(names) for source, names in roles.items()}
 
 
-def plan_engine_sets(plan: AnnotationPlan) -> list[dict[str, EngineSpec]]:
-    """Give the sets of engines that a run loads, in its order, by role."""
-    sets = (
-        [{plan.config.reward.routing.model: plan.reward.route.engine}] if plan.reward.route else []
+def plan_engine_sets(plan: AnnotationPlan) -> list[EngineSet]:
+    """Give the sets of engines that a run loads, in its order.
+
+    A router that is loaded with the other scoring models has no set of its own: it is there, and
+    stays when the run needs no more than it.
+    """
+    reward = plan.reward
+    sets: list[EngineSet] = (
+        [{plan.config.reward.routing.model: reward.route.engine}] if reward.route else []
     )
-    engines = {engine.name: engine for engine in plan.reward.engines}
+    engines = {engine.name: engine for engine in reward.engines}
     scoring = {
-        term.model: engines[plan.reward.models[term.model].model_key]
+        term.model: engines[reward.models[term.model].model_key]
         for term in plan.config.reward.resolved_terms()
     }
     if plan.config.reward.is_asked_by_api:
         return sets
     if plan.config.run.placement == "sequential":
         return sets + [{role: engine} for role, engine in scoring.items()]
+    if reward.route and reward.route.engine in scoring.values():
+        return [scoring]
     return [*sets, scoring]
 
 
 def warm_up(
-    spark: SparkSession, function: MapFunction, engines: Sequence[EngineSpec]
+    spark: SparkSession,
+    make_function: Callable[[Mapping[Source, str], Sequence[EngineSet]], MapFunction],
+    sources: Mapping[Source, str],
+    engine_sets: Sequence[EngineSet],
 ) -> WarmUpReport:
-    """Run a function on every executor.
+    """Fetch sources on every executor, then load sets of engines where the run's tasks will.
+
+    What a run loads first is loaded last, and is there when it begins: a host holds one set at a
+    time, and a model split over several GPUs and those on one of them end each other's hosts. So
+    sets of different `tensor_parallel` come one after the other, each in tasks with as many GPUs.
+    When one fails somewhere, those after it are left out.
+
+    Args:
+        spark: the session; with dynamic allocation only executors that run now are reached.
+        make_function: `udfs.warm_up.make_warm_up` for a kind of device.
+        sources: what to fetch, with the roles that need it.
+        engine_sets: in the run's order; none to fetch only.
+
+    Raises:
+        SetupError: some executors gave no answer, or have fewer GPUs than a model needs.
+    """
+    rows: list[Row] = []
+    last_first = engine_sets[::-1]
+    for batch in [list(alike) for _, alike in groupby(last_first, count_gpus)] or [[]]:
+        engines = [engine for engines in batch for engine in engines.values()]
+        # What is there already would be read again for its checksum.
+        missing = {} if rows else sources
+        rows += _ask_executors(spark, make_function(missing, batch), engines)
+        if any(row.error is not None for row in rows):
+            break
+    return report(rows)
+
+
+def count_gpus(engines: EngineSet) -> int:
+    """Count the GPUs that a task needs for a set of engines."""
+    return max(engine.tensor_parallel for engine in engines.values())
+
+
+def _ask_executors(
+    spark: SparkSession, function: MapFunction, engines: Sequence[EngineSpec]
+) -> list[Row]:
+    """Run a function on every executor, its tasks with the GPUs that the engines need.
 
     Spark has no call for "once per executor". A barrier stage would start all of its tasks at
     once, but may put them on few executors, and excludes dynamic allocation. So plain tasks, as
     many as there are slots, each keep a slot for a moment, which spreads them; a round is repeated
     until every executor that Spark knows of has answered. A node that has its weights answers at
     once, so rounds are cheap.
-
-    Args:
-        spark: the session; with dynamic allocation only executors that run now are reached.
-        function: `udfs.warm_up.make_warm_up`'s.
-        engines: those that it loads: a task gets as many GPUs as the largest needs.
-
-    Raises:
-        SetupError: some executors gave no answer.
     """
+    gpus = task_gpus(spark, engines)
+    # Dynamic allocation gives such a stage executors of its own, as many as it finds right.
+    has_own_executors = "profile" in gpus and bool(gpus["profile"].executorResources)
     rows: list[Row] = []
     for _ in range(_MAX_ROUNDS):
         slots = max(spark.sparkContext.defaultParallelism, _count_executors(spark))
-        tasks = spark.range(0, slots, 1, slots).mapInPandas(
-            function, WARM_UP_DDL, **(task_gpus(spark, engines) if engines else {})
-        )
+        tasks = spark.range(0, slots, 1, slots).mapInPandas(function, WARM_UP_DDL, **gpus)
         rows += tasks.collect()  # a few rows per task: what is reported
         executors = {(row.host, row.executor) for row in rows}
-        if len(executors) >= _count_executors(spark):
-            return report(rows)
+        if has_own_executors or len(executors) >= _count_executors(spark):
+            return rows
     raise SetupError(
         f"{_count_executors(spark) - len(executors)} of {_count_executors(spark)} executors gave "
         f"no answer in {_MAX_ROUNDS} rounds",

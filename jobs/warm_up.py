@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from cdr.cli import FAILED, OK, end, make_parser, run_job
 from cdr.executors import settle_device
@@ -42,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = settle_device(plan.config.run, plan.engines(), spark).device
     plan = place(plan, spark)
     engine_sets = plan_engine_sets(plan) if args.load else []
-    loaded = [engine for engines in engine_sets for engine in engines.values()]
-    report = warm_up(spark, make_warm_up(plan_sources(plan), engine_sets, device), loaded)
+    make_function = partial(make_warm_up, choice=device)
+    report = warm_up(spark, make_function, plan_sources(plan), engine_sets)
     print("\n".join(report.lines))
     print(f"{report.num_executors} executors answered, on {report.num_nodes} nodes")
     if report.num_failed:

@@ -13,7 +13,6 @@ from dataclasses import asdict, fields, replace
 
 import pandas as pd
 
-from cdr.engines.base import EngineSpec
 from cdr.engines.client import connect
 from cdr.engines.device import (
     Device,
@@ -25,28 +24,27 @@ from cdr.engines.device import (
 from cdr.engines.launch import host_environment
 from cdr.engines.owner import find_owner
 from cdr.errors import CdrError
-from cdr.warm_up import HOLD_S, Answer
+from cdr.warm_up import HOLD_S, Answer, EngineSet, count_gpus
 from cdr.weights import Source
 
 
 def make_warm_up(
     sources: Mapping[Source, str],
-    engine_sets: Sequence[Mapping[str, EngineSpec]],
+    engine_sets: Sequence[EngineSet],
     choice: DeviceChoice,
 ) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     """Make the function for `DataFrame.mapInPandas`.
 
     Args:
         sources: what to fetch, with the roles that need it.
-        engine_sets: sets of engines to load, one after the other, by role.
+        engine_sets: sets of engines to load, one after the other; all need as many GPUs.
         choice: which kind of device, as `cdr.executors` has settled it.
 
     Returns:
         A function over frames of any columns; it yields `cdr.warm_up.WARM_UP_DDL` rows, one per
         source and per set of engines. What goes wrong is a row's `error`.
     """
-    loaded = [spec for engines in engine_sets for spec in engines.values()]
-    num_gpus = max((spec.tensor_parallel for spec in loaded), default=1)
+    num_gpus = max(map(count_gpus, engine_sets), default=1)
 
     def warm_up(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         begin = time.monotonic()
@@ -103,7 +101,7 @@ def _fetch(place: tuple[str, str, str], source: Source, roles: str) -> Answer:
     )
 
 
-def _load(place: tuple[str, str, str], device: Device, engines: Mapping[str, EngineSpec]) -> Answer:
+def _load(place: tuple[str, str, str], device: Device, engines: EngineSet) -> Answer:
     answer = Answer(*place, model=", ".join(engines), action="load", source="")
     try:
         with connect(device) as client:

@@ -200,6 +200,7 @@ class Record:
     visible: str
     engines: tuple[str, ...]
     is_right: bool
+    is_warm: bool
 
 
 def run_probe(cluster: Cluster, folder: Path, mode: str, settings: Sequence[str]) -> list[Record]:

@@ -2,9 +2,9 @@
 
     spark-submit ... tests/cluster/probe.py MODE FILE
 
-Modes: `stages` runs scoring stages, then a router over two GPUs, then scoring again; `failing`
-also kills a stage's tasks in the middle, and ends with a task that fails; `short` is two scoring
-stages.
+Modes: `stages` runs scoring stages, then a router over two GPUs, then scoring again; `warm` does so
+after a warm-up; `failing` also kills a stage's tasks in the middle, and ends with a task that
+fails; `short` is two scoring stages.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 from pyspark.sql import SparkSession
 
 from cdr.engines.base import EngineSpec, ScoringGroup
@@ -26,7 +28,9 @@ from cdr.engines.owner import find_owner
 from cdr.engines.stub import StubEngine
 from cdr.gpus import task_gpus
 from cdr.progress import TaskCounter
+from cdr.warm_up import warm_up
 from udfs.engines import task_engines
+from udfs.warm_up import make_warm_up
 
 KNOBS = {"delay_s_per_token": 0.05, "is_concurrent": True, "has_child": True}
 EXTRA = json.dumps(KNOBS)
@@ -36,7 +40,11 @@ TASKS = 8
 
 
 def make_task(
-    stage: str, specs: tuple[EngineSpec, ...], counter: TaskCounter, tokens: int
+    stage: str,
+    specs: tuple[EngineSpec, ...],
+    counter: TaskCounter,
+    tokens: int,
+    warm_hosts: frozenset[int],
 ) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
     def run(frames: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         import os
@@ -65,20 +73,34 @@ def make_task(
                 "visible": visible,
                 "engines": [engine.name for engine in status.engines],
                 "is_right": bool(is_right),
+                "is_warm": status.pid in warm_hosts,
             }
             yield pd.DataFrame({"record": [json.dumps(record)]})
 
     return run
 
 
+def warm(spark: SparkSession) -> frozenset[int]:
+    """Warm up for scoring stages and then the router; give the hosts that there are after it."""
+    sets = [{engine.name: engine for engine in specs} for specs in (SCORING, ROUTER)]
+    told = warm_up(spark, partial(make_warm_up, choice="gpu"), {}, sets)
+    if told.num_failed:
+        raise RuntimeError("\n".join(told.lines))
+    commands = psutil.process_iter(["pid", "cmdline"])
+    return frozenset(p.pid for p in commands if "cdr.engines.host" in (p.info["cmdline"] or ()))
+
+
 def main() -> None:
     mode, output = sys.argv[1:]
     spark = SparkSession.builder.appName("cdr probe").getOrCreate()
     counter = TaskCounter.create(spark)
+    warm_hosts = warm(spark) if mode == "warm" else frozenset()
 
     def stage(name: str, specs: tuple[EngineSpec, ...], tokens: int = 10) -> None:
         rows = spark.range(0, TASKS, 1, TASKS).mapInPandas(
-            make_task(name, specs, counter, tokens), "record string", **task_gpus(spark, specs)
+            make_task(name, specs, counter, tokens, warm_hosts),
+            "record string",
+            **task_gpus(spark, specs),
         )
         with Path(output).open("a") as stream:
             stream.writelines(row["record"] + "\n" for row in rows.collect())

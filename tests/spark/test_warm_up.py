@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import yaml
 from pyspark.sql import Row, SparkSession
 
 from cdr.config import load_annotate_config
+from cdr.engines.base import EngineSpec
+from cdr.errors import SetupError
 from cdr.plan import plan_annotation
-from cdr.warm_up import Answer, plan_engine_sets, plan_sources, report
-from cdr.weights import WEIGHT_FILES, hash_files
+from cdr.warm_up import Answer, WarmUpReport, plan_engine_sets, plan_sources, report, warm_up
+from cdr.weights import WEIGHT_FILES, Source, hash_files
 from jobs.warm_up import main
 from tests.tokenizers import make_smollm2
 
@@ -124,10 +127,14 @@ def test_sources_and_engine_sets_are_those_of_the_run(
     plan = plan_annotation(load_annotate_config(file, [*router, *pack]))
     roles = {source.path: names for source, names in plan_sources(plan).items()}
     assert roles == {models["strong"].as_uri(): "strong", weak: "weak, router"}
-    assert [list(engines) for engines in plan_engine_sets(plan)] == [["router"], ["strong", "weak"]]
+    # The router is loaded with the others, unless each is loaded alone.
+    assert [list(engines) for engines in plan_engine_sets(plan)] == [["strong", "weak"]]
     sequential = load_annotate_config(file, [*router, *pack, "run.placement=sequential"])
     sets = plan_engine_sets(plan_annotation(sequential))
     assert [list(engines) for engines in sets] == [["router"], ["strong"], ["weak"]]
+    other = [*router, *pack, "reward.models.router.dtype=bfloat16"]
+    sets = plan_engine_sets(plan_annotation(load_annotate_config(file, other)))
+    assert [list(engines) for engines in sets] == [["router"], ["strong", "weak"]]
 
 
 def answer(**changes: Any) -> Row:
@@ -151,3 +158,82 @@ def test_a_node_is_told_once_by_the_task_that_did_the_work() -> None:
         "n1  cuda:0  strong  vllm 1  loaded in 4.0 s",
     )
     assert (told.num_failed, told.num_executors, told.num_nodes) == (1, 3, 2)
+
+
+class FakeSpark:
+    """A session of two executors with four GPUs each, whose tasks give these answers.
+
+    Args:
+        answers: what the tasks of a round give; always the same.
+        settings: Spark's, besides the GPUs.
+    """
+
+    def __init__(self, answers: list[Row], **settings: str) -> None:
+        conf = {
+            "spark.executor.resource.gpu.amount": "4",
+            "spark.task.resource.gpu.amount": "1",
+            **settings,
+        }
+        managers = SimpleNamespace(size=lambda: 3)  # one is the driver's
+        self.version = "4.2.0"
+        self.rounds: list[int] = []
+        self.sparkContext = SimpleNamespace(
+            master="yarn",
+            applicationId=str(id(self)),
+            defaultParallelism=8,
+            getConf=lambda: SimpleNamespace(get=conf.get),
+            _jsc=SimpleNamespace(
+                sc=lambda: SimpleNamespace(getExecutorMemoryStatus=lambda: managers)
+            ),
+        )
+        self._answers = answers
+
+    def range(self, *_: int) -> FakeSpark:
+        return self
+
+    def mapInPandas(self, function: Any, schema: str, profile: Any = None) -> FakeSpark:  # noqa: N802 - Spark's name
+        self.rounds.append(int(profile.taskResources["gpu"].amount) if profile else 1)
+        return self
+
+    def collect(self) -> list[Row]:
+        return self._answers
+
+
+SPLIT = {"router": EngineSpec("r", "stub", "", tensor_parallel=4)}
+STRONG, WEAK = ({role: EngineSpec(role, "stub", "")} for role in ("strong", "weak"))
+SOURCE = {Source("s3://b/m"): "strong"}
+
+
+def warm(spark: FakeSpark) -> tuple[WarmUpReport, list[tuple[int, list[str]]]]:
+    """Give the report, and what was asked for: sources, and roles in order."""
+    asked = []
+
+    def make_function(sources: Any, engine_sets: Any) -> Any:
+        asked.append((len(sources), [role for engines in engine_sets for role in engines]))
+
+    return warm_up(spark, make_function, SOURCE, [SPLIT, STRONG, WEAK]), asked  # type: ignore[arg-type]
+
+
+def test_each_set_is_loaded_on_as_many_gpus_as_in_the_run_and_the_runs_first_one_last() -> None:
+    both = [answer(host="n1"), answer(host="n2")]
+    spark = FakeSpark(both)
+    told, asked = warm(spark)
+    assert asked == [(1, ["weak", "strong"]), (0, ["router"])]
+    assert spark.rounds == [1, 4]
+    assert (told.num_failed, told.num_executors) == (0, 2)
+
+
+def test_after_a_failure_no_other_set_is_loaded() -> None:
+    told, asked = warm(FakeSpark([answer(host="n1"), answer(host="n2", error="full")]))
+    assert [number for number, _ in asked] == [1]
+    assert told.num_failed == 1
+
+
+def test_rounds_go_on_until_all_have_answered_but_for_executors_that_only_this_set_has() -> None:
+    with pytest.raises(SetupError, match="1 of 2 executors gave no answer in 5 rounds"):
+        warm(FakeSpark([answer(host="n1")]))
+    dynamic = {"spark.dynamicAllocation.enabled": "true", "spark.task.resource.gpu.amount": "2"}
+    spark = FakeSpark([answer(host="n1")], **dynamic)
+    told, _ = warm(spark)
+    assert spark.rounds == [1, 4]
+    assert told.num_executors == 1

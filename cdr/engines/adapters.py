@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,22 @@ _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # the head.
 _HEAD_PARTS = ("lm_head", "embed_tokens", "embed_out", "wte")
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
+# What makes an adapter compute something else than (alpha / r) B A on the weights as they are.
+_SPECIAL_KEYS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "init_lora_weights",
+    "alora_invocation_tokens",
+    "lora_bias",
+    "use_bdlora",
+    "use_qalora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Initial values that leave the model's own weights alone.
+_PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,25 @@ def read_adapter_shape(folder: str | Path) -> AdapterShape:
         rank=next(size for size in _RANKS if size >= rank),
         modules=frozenset(module.rpartition(".")[-1] for module in modules),
     )
+
+
+def find_ignored_keys(folder: str | Path, known: Collection[str]) -> list[str]:
+    """Find what makes an adapter more than plain LoRA and would go unnoticed by the loader.
+
+    vLLM's loader takes the keys it knows from adapter_config.json and is silent about the others.
+
+    Args:
+        folder: holds adapter_config.json.
+        known: keys that the loader applies, or refuses itself.
+
+    Raises:
+        ModelError: there is no such file.
+    """
+    config = _read_config(Path(folder))
+    special = {key for key in _SPECIAL_KEYS if config.get(key)}
+    if str(config.get("init_lora_weights")).lower() in _PLAIN_INITS:
+        special.discard("init_lora_weights")
+    return sorted(special - set(known))
 
 
 def make_room(spec: EngineSpec, shapes: Iterable[AdapterShape]) -> EngineSpec:

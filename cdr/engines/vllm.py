@@ -17,6 +17,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from importlib import metadata
 from itertools import chain
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cdr.engines.adapters import make_room, read_adapter_shape
+from cdr.engines.adapters import find_ignored_keys, make_room, read_adapter_shape
 from cdr.engines.base import (
     EngineSpec,
     Sample,
@@ -179,14 +180,14 @@ class _Core:
         self._turn = threading.Lock()
         self._adapters: dict[str, int] = {}
         self.version = f"vllm {version} / torch {metadata.version('torch')}"
-        fields = vllm.SamplingParams.__struct_fields__
+        parameters = vllm.SamplingParams.__struct_fields__
         check_devices(spec, current_platform)
         before = find_engine_processes()
         try:
             arguments = make_llm_arguments(spec, is_cpu=current_platform.is_cpu())
             if not hasattr(vllm.EngineArgs, "lora_target_modules"):
                 arguments.pop("lora_target_modules", None)
-            if "logprob_token_ids" not in fields:
+            if "logprob_token_ids" not in parameters:
                 arguments["max_logprobs"] = -1  # primers then ask for the whole vocabulary
             self._llm = vllm.LLM(**arguments)
         except Exception as error:
@@ -200,8 +201,8 @@ class _Core:
         self.vocab_size: int = config.model_config.get_vocab_size()
         self.features = Features(
             block_size=config.cache_config.block_size,
-            chooses_logprobs="logprob_token_ids" in fields,
-            scores_token_ids="prompt_logprob_token_ids" in fields
+            chooses_logprobs="logprob_token_ids" in parameters,
+            scores_token_ids="prompt_logprob_token_ids" in parameters
             and bool(getattr(config, "use_v2_model_runner", False)),
         )
         self._check_head(str(config.model_config.head_dtype).removeprefix("torch."))
@@ -210,23 +211,28 @@ class _Core:
         """Load a spec's adapter and give what requests carry for it; None for none.
 
         Raises:
-            ModelError: vLLM cannot apply it.
+            ModelError: vLLM cannot apply it, or only a part of it.
         """
         if spec.adapter_path is None:
             return None
+        from vllm.lora.peft_helper import PEFTHelper
         from vllm.lora.request import LoRARequest
 
+        known = [field.name for field in fields(PEFTHelper)]
+        if ignored := find_ignored_keys(spec.adapter_path, known):
+            raise _refuse_adapter(spec, f"{self.version} would ignore its {', '.join(ignored)}")
         number = self._adapters.setdefault(spec.adapter_path, len(self._adapters) + 1)
         request = LoRARequest(spec.name, number, spec.adapter_path)
         try:
             with self._turn:
                 self._llm.llm_engine.add_lora(request)
+                answers = self._llm.collective_rpc("list_unapplied_modules", args=(number,))
         except Exception as error:
-            raise ModelError(
-                f"vLLM cannot apply the adapter: {_first_line(error)}",
-                where=f"engine {spec.name} ({spec.adapter_path})",
-                fix="use the transformers engine for this model, or merge the adapter",
-            ) from error
+            raise _refuse_adapter(spec, _first_line(error)) from error
+        if unapplied := sorted({name for names in answers for name in names}):
+            raise _refuse_adapter(
+                spec, f"it would leave out {len(unapplied)} modules, such as {unapplied[0]}"
+            )
         return request
 
     def run(self, requests: Sequence[CoreRequest], adapter: Any) -> list[Any]:
@@ -321,6 +327,15 @@ def _explain(error: Exception, spec: EngineSpec) -> ModelError:
         where=f"engine vllm on {spec.path}",
         fix="vLLM's own messages are above, or in the host's log. Out of memory: lower max_length "
         "or batch_tokens, raise memory_fraction (a GPU) or extra.kv_cache_memory_bytes (a CPU)",
+    )
+
+
+def _refuse_adapter(spec: EngineSpec, reason: str) -> ModelError:
+    return ModelError(
+        f"vLLM cannot apply the adapter: {reason}",
+        where=f"engine {spec.name} ({spec.adapter_path})",
+        fix="use the transformers engine for this model, or merge the adapter into its weights and "
+        "give the merged folder as path",
     )
 
 

@@ -29,6 +29,11 @@ _MAX_SEQUENCES = 256
 # 135M model in float32, 4,000 of a 7B one; `extra.kv_cache_memory_bytes` says otherwise.
 _CPU_CACHE_BYTES = 1 << 30
 _CPU_BLOCK_SIZE = 32  # the default of 128 would share no prefix shorter than that
+# Layers that vLLM makes of several, by what checkpoints and adapters call these.
+_PACKED_MODULES = {
+    "qkv_proj": {"q_proj", "k_proj", "v_proj"},
+    "gate_up_proj": {"gate_proj", "up_proj"},
+}
 
 
 def find_vllm_version() -> tuple[int, ...] | None:
@@ -134,11 +139,13 @@ def make_llm_arguments(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
     if spec.memory_fraction is not None:
         arguments["gpu_memory_utilization"] = spec.memory_fraction
     if spec.max_adapter_rank:
-        arguments |= {"enable_lora": True, "max_lora_rank": spec.max_adapter_rank}
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": spec.max_adapter_rank,
+            "worker_extension_cls": "cdr.engines.vllm_worker.WorkerExtension",
+        }
         if spec.adapter_modules:
-            # The head not among them: vLLM would wrap it, and on a CPU the wrapper fails on the
-            # log-probs of prompts.
-            arguments["lora_target_modules"] = spec.adapter_modules.split(",")
+            arguments["lora_target_modules"] = _name_targets(spec.adapter_modules.split(","))
     if is_cpu:
         arguments |= {
             "enforce_eager": True,
@@ -152,6 +159,16 @@ def make_llm_arguments(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
     if overrides:
         arguments["hf_overrides"] = overrides
     return {**arguments, **extra}
+
+
+def _name_targets(modules: list[str]) -> list[str]:
+    """Give the layers that vLLM is to make fit for adapters.
+
+    The head not among them: on a CPU its wrapper fails on the log-probs of prompts. Some versions
+    (0.19) compare these names with those of vLLM's own layers, so packed ones are named as well.
+    """
+    packed = [name for name, parts in _PACKED_MODULES.items() if parts & set(modules)]
+    return sorted({*modules, *packed})
 
 
 def _fits_sliding_window(spec: EngineSpec) -> bool:

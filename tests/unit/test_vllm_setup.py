@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import threading
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +18,12 @@ from safetensors.numpy import save_file
 
 from cdr.config import load_annotate_config
 from cdr.engines import vllm, vllm_setup
-from cdr.engines.adapters import AdapterShape, read_adapter_shape, share_weights
+from cdr.engines.adapters import (
+    AdapterShape,
+    find_ignored_keys,
+    read_adapter_shape,
+    share_weights,
+)
 from cdr.engines.base import EngineSpec, make_engine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import (
@@ -27,6 +34,7 @@ from cdr.engines.vllm_setup import (
     resolve_head_dtype,
     set_environment,
 )
+from cdr.engines.vllm_worker import WorkerExtension
 from cdr.errors import ConfigError, ModelError
 from cdr.models import resolve_models
 from cdr.plan import plan_annotation
@@ -149,7 +157,7 @@ def test_arguments_follow_the_spec(model: Path) -> None:
         "tensor_parallel_size": 2,
         "enable_lora": True,
         "max_lora_rank": 16,
-        "lora_target_modules": ["k_proj", "q_proj"],
+        "lora_target_modules": ["k_proj", "q_proj", "qkv_proj"],  # vLLM's layer of q, k and v
         "hf_overrides": {"rope_theta": 5, "head_dtype": "float32"},
     }
     assert expected.items() <= arguments.items()
@@ -254,6 +262,77 @@ def test_an_adapters_rank_is_rounded_up_to_one_that_vllm_has(tmp_path: Path) -> 
     assert {"q_proj", "down_proj"} <= read_adapter_shape(DEMO_ADAPTER).modules
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
         read_adapter_shape(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"rank_pattern": {"q_proj": 8}}, ["rank_pattern"]),
+        (
+            {"alpha_pattern": {"q_proj": 8}, "init_lora_weights": "olora"},
+            ["alpha_pattern", "init_lora_weights"],
+        ),
+        ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
+        ({"rank_pattern": {}, "init_lora_weights": True, "lora_bias": False}, []),
+        ({"init_lora_weights": "gaussian"}, []),
+    ],
+)
+def test_what_makes_an_adapter_more_than_plain_lora_must_be_known_to_vllm(
+    tmp_path: Path, fields: dict[str, Any], ignored: list[str]
+) -> None:
+    adapter = make_adapter(tmp_path / "a", **fields)
+    old = ["r", "lora_alpha", "target_modules", "bias", "modules_to_save"]  # those of vLLM 0.19.1
+    assert find_ignored_keys(adapter, old) == ignored
+    assert find_ignored_keys(adapter, [*old, *fields]) == []
+
+
+def load_adapter(
+    monkeypatch: pytest.MonkeyPatch, adapter: Path, *, wrapped: set[str], loaded: set[str]
+) -> Any:
+    """Load an adapter into a core whose vLLM made some layers fit for adapters."""
+
+    @dataclass
+    class PEFTHelper:  # of vLLM 0.19.1, which is silent about any other key
+        r: int
+        lora_alpha: int
+
+    monkeypatch.setitem(
+        sys.modules, "vllm.lora.peft_helper", SimpleNamespace(PEFTHelper=PEFTHelper)
+    )
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=tuple_of))
+    worker = WorkerExtension()
+    adapters = {1: SimpleNamespace(loras=dict.fromkeys(loaded))}
+    manager = SimpleNamespace(modules=dict.fromkeys(wrapped), get_adapter=adapters.get)
+    worker.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+    core = object.__new__(vllm._Core)
+    core.version = "vllm 0.19.1 / torch 2"
+    core._turn, core._adapters = threading.Lock(), {}
+    core._llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(add_lora=lambda request: True),
+        collective_rpc=lambda method, args: [getattr(worker, method)(*args)],
+    )
+    return core.load_adapter(EngineSpec("m", "vllm", "x", adapter_path=str(adapter)))
+
+
+def tuple_of(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def test_an_adapter_of_which_vllm_would_leave_out_a_part_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_adapter(tmp_path / "plain")
+    wrapped = {"layers.0.qkv_proj", "layers.0.o_proj", "layers.0.experts"}
+    whole = {"layers.0.qkv_proj", "layers.0.experts", "layers.0.experts.base_layer"}
+    request = load_adapter(monkeypatch, plain, wrapped=wrapped, loaded=whole)
+    assert request == ("m", 1, str(plain))
+    with pytest.raises(ModelError, match=r"leave out 2 modules, such as layers\.0\.k_proj"):
+        load_adapter(
+            monkeypatch, plain, wrapped=wrapped, loaded={"layers.0.k_proj", "layers.0.q_proj"}
+        )
+    uneven = make_adapter(tmp_path / "uneven", alpha_pattern={"q_proj": 8})
+    with pytest.raises(ModelError, match=r"0\.19\.1 / torch 2 would ignore its alpha_pattern"):
+        load_adapter(monkeypatch, uneven, wrapped=wrapped, loaded=whole)
 
 
 def test_engines_that_differ_by_adapter_only_share_weights(tmp_path: Path, model: Path) -> None:

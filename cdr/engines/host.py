@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import psutil
 
 from cdr.engines import wire
 from cdr.engines.base import (
@@ -378,7 +377,7 @@ def _count_resubmitted(engine: LogprobEngine) -> int:
 def kill_session() -> NoReturn:
     """End this process and all its descendants, without cleaning up."""
     # Also those in sessions of their own, and orphans: this process is their reaper.
-    kill_processes(psutil.Process().children(recursive=True))
+    kill_processes(find_engine_processes())
     os.kill(os.getpid(), signal.SIGKILL)  # what is left meets `cdr.engines.supervisor`
     raise AssertionError("unreachable: the signal above ends this process")
 
@@ -421,6 +420,8 @@ def main() -> NoReturn:
     args = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Here vLLM's sockets leave with the folder, however this process ends.
+    os.environ.setdefault("VLLM_RPC_BASE_PATH", str(args.folder))
     become_subreaper()
     lift_address_space_limit()
     host = EngineHost(

@@ -31,6 +31,7 @@ SOCKET, LOCK, LOG, DEVICE = "host.sock", "start.lock", "host.log", "device.json"
 """What is in a host's folder."""
 
 _MAX_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
+_MAX_SOCKET_NAME_BYTES = 36  # a UUID: vLLM's sockets are there too
 _LOG_TAIL_LINES = 20
 
 # Kept so that hosts that die while this process lives are reaped (at the next start).
@@ -205,7 +206,7 @@ def host_folder(device: Device, owner: Owner) -> Path:
     key = hashlib.sha256(f"{owner.start} {device}".encode()).hexdigest()[:12]
     name = f"cdr-{os.geteuid()}-{owner.pid}-{key}"
     folder = Path(tempfile.gettempdir()) / name
-    is_short = len(os.fsencode(folder / SOCKET)) <= _MAX_SOCKET_PATH_BYTES
+    is_short = len(os.fsencode(folder)) + 1 + _MAX_SOCKET_NAME_BYTES <= _MAX_SOCKET_PATH_BYTES
     return folder if is_short else Path("/tmp") / name
 
 

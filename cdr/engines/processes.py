@@ -16,7 +16,10 @@ _GRACE_S = 20.0
 
 
 def find_engine_processes() -> set[psutil.Process]:
-    """Find the descendants of this process, less multiprocessing's tracker, which stays."""
+    """Find the descendants of this process, less multiprocessing's trackers.
+
+    A tracker ends with the last process that it serves, and removes the shared memory they left.
+    """
     found = set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):

@@ -17,12 +17,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 
-from cdr.engines.processes import kill_processes
+from cdr.engines.processes import find_engine_processes, kill_processes
 
 _PR_SET_CHILD_SUBREAPER = 36
+_GRACE_S = 20.0
+_POLL_S = 0.05
 
 
 def become_subreaper() -> None:
@@ -32,12 +35,19 @@ def become_subreaper() -> None:
 
 
 def kill_descendants() -> None:
-    """Kill children, and theirs, until there are none."""
+    """Kill children, and theirs, and wait until there are none.
+
+    Trackers of multiprocessing are given time: they end with those whose shared memory they know,
+    and remove it.
+    """
+    deadline = time.monotonic() + _GRACE_S
     while children := psutil.Process().children(recursive=True):
-        kill_processes(children)
+        is_late = time.monotonic() > deadline
+        kill_processes(children if is_late else find_engine_processes())
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, 0)[0]:  # grandchildren come here to be waited for as well
+            while os.waitpid(-1, os.WNOHANG)[0]:  # grandchildren come here as well
                 pass
+        time.sleep(_POLL_S)
 
 
 def main() -> int:

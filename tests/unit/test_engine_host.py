@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -510,6 +511,39 @@ def test_the_end_of_a_host_ends_its_children_in_other_sessions_too() -> None:
     assert wait_until(lambda: is_gone(int(out)), 3)
 
 
+SHARING = """
+import sys, time
+from multiprocessing.shared_memory import SharedMemory
+from cdr.engines.host import kill_session
+block = SharedMemory(create=True, size=8)
+print(block.name, flush=True)
+kill_session() if sys.argv[1] == "itself" else time.sleep(60)
+"""
+SUPERVISOR = """
+import subprocess, sys
+from cdr.engines.supervisor import become_subreaper, kill_descendants
+become_subreaper()
+host = subprocess.Popen([sys.executable, "-c", sys.argv[1], ""], stdout=subprocess.PIPE, text=True)
+print(host.stdout.readline(), end="", flush=True)
+kill_descendants()
+"""
+
+
+@pytest.mark.parametrize("arguments", [(SHARING, "itself"), (SUPERVISOR, SHARING)])
+def test_shared_memory_of_killed_processes_is_removed(arguments: tuple[str, str]) -> None:
+    """By multiprocessing's tracker, which must not be killed with them."""
+    done = subprocess.run(
+        [sys.executable, "-c", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=30,
+    )
+    name = done.stdout.strip()
+    assert name.startswith("psm_")
+    assert wait_until(lambda: not Path("/dev/shm", name).exists(), 5)
+
+
 def test_an_owner_is_told_from_a_later_process_with_its_pid() -> None:
     me = Owner.of(os.getpid())
     assert me.is_alive()
@@ -588,7 +622,8 @@ def test_hosts_of_other_devices_and_owners_live_elsewhere_on_short_paths(
         for owner in (Owner(1, 1), Owner(1, 2), Owner(2, 1))
     }
     assert len(places) == 9
-    assert all(len(os.fsencode(place / "host.sock")) < 104 for place in places)
+    longest = str(uuid.uuid4())  # vLLM names its sockets so
+    assert all(len(os.fsencode(place / longest)) < 104 for place in places)
 
 
 def test_a_folder_that_others_can_enter_or_redirect_is_refused(tmp_path: Path) -> None:

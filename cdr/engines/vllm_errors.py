@@ -1,4 +1,4 @@
-"""Why vLLM did not load a model, told to whoever asked for it.
+"""Why vLLM did not load a model.
 
 A model is loaded by child processes. When one fails, vLLM raises no more than "Engine core
 initialization failed. See root cause above."; the cause went to standard error, which in an engine

@@ -25,7 +25,7 @@ from cdr.engines.processes import find_engine_processes, kill_processes
 
 _PR_SET_CHILD_SUBREAPER = 36
 _GRACE_S = 20.0
-_POLL_S = 0.05
+_POLL_S = 0.1
 
 
 def become_subreaper() -> None:

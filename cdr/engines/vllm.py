@@ -37,7 +37,7 @@ from cdr.engines.base import (
 )
 from cdr.engines.hardware import count_cores
 from cdr.engines.processes import end_processes, find_engine_processes, is_alive
-from cdr.engines.vllm_errors import explain_load, first_line, measure_log
+from cdr.engines.vllm_errors import explain_load, flatten, measure_log
 from cdr.engines.vllm_scoring import CoreRequest, Features, score_groups
 from cdr.engines.vllm_setup import (
     check_addresses,
@@ -233,7 +233,7 @@ class _Core:
                 self._llm.llm_engine.add_lora(request)
                 answers = self._llm.collective_rpc("list_unapplied_modules", args=(number,))
         except Exception as error:
-            raise _refuse_adapter(spec, first_line(error)) from error
+            raise _refuse_adapter(spec, flatten(error)) from error
         if unapplied := sorted({name for names in answers for name in names}):
             raise _refuse_adapter(
                 spec, f"it would leave out {len(unapplied)} modules, such as {unapplied[0]}"

@@ -40,7 +40,7 @@ def explain_load(error: Exception, spec: EngineSpec, *, log_begin: int) -> Model
         spec: what was to be loaded.
         log_begin: `measure_log()` before.
     """
-    reason = first_line(error)
+    reason = flatten(error)
     if _POINTER in reason and (causes := _read_causes(log_begin)):
         reason = f"{'; '.join(causes)} ({reason})"
     return ModelError(
@@ -51,7 +51,7 @@ def explain_load(error: Exception, spec: EngineSpec, *, log_begin: int) -> Model
     )
 
 
-def first_line(error: Exception) -> str:
+def flatten(error: Exception) -> str:
     """Give an error's message on one line, cut where it is long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:_MAX_LENGTH] or type(error).__name__

@@ -6,9 +6,12 @@ import json
 import math
 import operator
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -19,6 +22,7 @@ from deltalake import DeltaTable, write_deltalake
 from mlflow import MlflowClient
 from pyspark.sql import SparkSession
 
+import jobs.scoring
 from cdr.cli import run_job
 from cdr.tracking import git_commit
 from jobs.annotate import main
@@ -77,6 +81,31 @@ def test_a_line_that_is_not_json_ends_the_run_with_a_clear_error(
     assert code in (1, 2), output
     assert "error: the input" in output
     assert "Traceback" not in output
+
+
+def test_max_hours_commits_the_wave_in_flight_and_starts_no_other(
+    make_job: MakeJob, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(make_rows(range(8), range(2)), wave_tokens=200)
+    score, passed_s = jobs.scoring.score_wave, [0]
+
+    def take_hours(*arguments: Any) -> Any:
+        passed_s[0] += 2 * 3600
+        return score(*arguments)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed_s[0])
+    monkeypatch.setattr("cdr.runs.time", clock)
+    monkeypatch.setattr(jobs.scoring, "score_wave", take_hours)
+    code, output = run(job, "--max-hours", "1")
+    assert code == 4, output
+    assert "stopped: --max-hours is over" in output
+    assert job.commits("logprobs") == 2, "not one wave (creating the table is commit 0)"
+    (stopped,) = job.rows("runs")
+    assert (stopped["outcome"], stopped["waves_done"]) == ("stopped", 1)
+    assert stopped["waves_total"] > 1
+    committed = len(job.rows("logprobs"))
+    assert 0 < committed < 2 * 8 * 2
+    assert dict(stopped["counts"])["logprobs_scored"] == committed
 
 
 def nearest_rank(values: Sequence[float], share: float) -> float:

@@ -330,9 +330,13 @@ def test_a_judge_compares_all_candidates_in_both_orders_and_asks_once(
     (rejected,) = collect(warehouse, REJECTS)
     assert (rejected["prompt_id"], rejected["reason"]) == ("alone", "no_other_candidate")
 
+    (pair,) = collect(warehouse, PREFERENCES)
     assert annotate(plan, warehouse) == 0
     assert last_counts(warehouse)["logprobs_scored"] == 0
     assert collect(warehouse, LOGPROBS) == stored
+    (again,) = collect(warehouse, PREFERENCES)
+    for side in ("chosen_id", "rejected_id", "margin"):
+        assert pair[side] == again[side]
 
 
 def test_an_api_judge_is_never_asked_twice_and_what_it_will_not_judge_is_rejected(

@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from deltalake import DeltaTable
 
-from tests.e2e.conftest import ROOT, Job, make_rows
+from tests.e2e.conftest import ROOT
+
+CONFIG = ("--config", "conf/annotate/demo.yaml")
 
 
 @dataclass(frozen=True)
@@ -77,32 +80,46 @@ def test_nothing_of_the_checkout_is_imported(installed: Installed) -> None:
     assert str(ROOT) not in path.split()
 
 
-def test_the_command_annotates(installed: Installed, make_job: Callable[..., Job]) -> None:
-    job = make_job(make_rows(range(6), range(3)))
-    command = (installed.venv / "bin/cdr-annotate", "--config", job.config)
-    done = installed.run(*command, "--set", "report.enabled=true")
+def test_the_command_starts_spark_and_annotates_by_a_config_of_the_wheel(
+    installed: Installed, demo_model: Path, tmp_path: Path
+) -> None:
+    assert demo_model.exists()
+    warehouse = tmp_path / "warehouse"
+    done = installed.run(
+        *(installed.venv / "bin/cdr-annotate", *CONFIG, "--limit", "6"),
+        *("--set", f"warehouse={warehouse}", "--set", "engine=stub"),
+        *("--set", "tracking.enabled=false"),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     # The wheel carries the page's template.
-    assert len(list((job.warehouse / "reports").glob("*.html"))) == 1, done.stderr
-    assert len(job.rows("rewards")) == 18
-    assert len(job.rows("preferences")) == 6
-    assert len(job.rows("logprobs")) == 2 * 18
+    assert len(list((warehouse / "reports").glob("*.html"))) == 1, done.stderr
+    rows = {
+        table: DeltaTable(str(warehouse / table)).to_pyarrow_table().to_pylist()
+        for table in ("rewards", "logprobs", "preferences", "unpaired")
+    }
+    assert Counter(row["dataset"] for row in rows["rewards"]) == {"demo.limit-6": 6 * 4}
+    assert {row["status"] for row in rows["rewards"]} == {"ok"}
+    assert len(rows["logprobs"]) == 2 * 6 * 4
+    assert len(rows["preferences"]) + len(rows["unpaired"]) == 6
+    assert rows["preferences"]
     # Nothing but tables: no spark-warehouse, no log of a database.
     assert list(installed.cwd.iterdir()) == []
 
 
-def test_the_installed_script_runs_a_config_of_the_wheel_under_spark_submit(
-    installed: Installed, demo_model: Path, tmp_path: Path
+def test_the_installed_script_reads_a_config_of_the_wheel_under_spark_submit(
+    installed: Installed,
 ) -> None:
+    # Refused before the session, the command's above: what is new here is where modules and files
+    # are found when Spark runs the script.
     done = installed.run(
         *(Path(sys.executable).parent / "spark-submit", "--properties-file"),
         *(installed.packages / "cdr_conf/cluster/local.conf",),
-        *(installed.packages / "jobs/annotate.py", "--config", "conf/annotate/demo.yaml"),
-        *("--set", f"warehouse={tmp_path}/warehouse", "--dry-run"),
+        *(installed.packages / "jobs/annotate.py", *CONFIG, "--set", "pairs.min_margn=1"),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "56" in done.stdout
-    assert "224" in done.stdout
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "did you mean 'min_margin'?" in done.stderr
+    assert "where: conf/annotate/demo.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 CALL = """

@@ -73,12 +73,3 @@ def test_a_bad_config_is_told_whole_before_spark_starts(make_job: Callable[..., 
     assert "did you mean 'min_margin'?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not job.warehouse.exists()
-
-
-def test_help_teaches() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs/annotate.py"), "--help"],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    for word in ("spark-submit", "--dry-run", "--limit", "exit codes", "examples"):
-        assert word in done.stdout

@@ -183,9 +183,9 @@ def test_runs_killed_at_one_instant_after_the_other_lose_nothing_and_double_noth
         process = job.start()
         freeze_at(process, partial(instant, job))
         hosts = descendants(process)["host"]
-        assert hosts or "wave" not in name, name
         process.kill()
         process.wait(60)
+        assert hosts or name != "committing a wave"  # by then there must be one
         assert_ended(hosts)
         before, rows = committed, job.rows("logprobs") if job.commits("logprobs") else []
         committed = len(rows)

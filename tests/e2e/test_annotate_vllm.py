@@ -71,7 +71,7 @@ class Run:
             "engine": engine,
             "warehouse": job.warehouse,
             "input.path": job.input,
-            "run.wave_tokens": 2500,  # four waves
+            "run.wave_tokens": 2500,  # three waves
             "run.request_tokens": 1500,
             "tracking.enabled": "false",
             "report.enabled": "false",

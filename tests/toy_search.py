@@ -122,9 +122,10 @@ def shard_on_cpus() -> None:
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     lines = re.findall(r"^#     (.+?)\\?$", PAPER.read_text(), re.MULTILINE)
-    arguments = shlex.split(" ".join(lines))
-    assert arguments[:2] == ["accelerate", "launch"]
-    options: argparse.Namespace = launch.launch_command_parser().parse_args(arguments[2:])
+    _, _, command = " ".join(lines).partition("accelerate launch ")  # after what it needs set
+    arguments = shlex.split(command)
+    assert arguments
+    options: argparse.Namespace = launch.launch_command_parser().parse_args(arguments)
     options.num_machines, options.dynamo_backend = 1, "no"
     ours = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     os.environ.update({**prepare_multi_gpu_env(options), **ours, "ACCELERATE_TORCH_DEVICE": "cpu"})

@@ -103,14 +103,14 @@ class Run:
         while not condition():
             assert self.process.poll() is None, self.job.log.read_text()
             self.look()
-            time.sleep(0.1)
+            time.sleep(0.4)  # a look reads all processes: often, it would take a core
         self.look()
 
     def end(self) -> None:
         """Wait until the job has ended well."""
         while self.process.poll() is None:
             self.look()
-            time.sleep(0.3)
+            time.sleep(1.0)
         assert self.process.returncode == 0, self.job.log.read_text()
 
     def cores(self) -> list[psutil.Process]:

@@ -62,8 +62,6 @@ MANY, DOMAIN = "800 × 16", "domain"
 DOMAIN_TOKENS, OWN_TOKENS, DOMAIN_PROMPTS = 600, 100, 8
 
 Scores = list[list[TokenLogprobs]]
-
-
 Way = Callable[[Sequence[ScoringGroup]], Scores]
 
 

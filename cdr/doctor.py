@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cdr.errors import INSTALL_SPARK
+from cdr.errors import INSTALL_SPARK, CdrError, SetupError
 
 _REINSTALL = INSTALL_SPARK.replace("pip install", "pip install --upgrade")
 
@@ -35,7 +35,6 @@ try:
     from cdr.engines.device import visible_cuda_devices
     from cdr.engines.hardware import count_cores, device_memory_bytes, has_nvidia, resolve_dtype
     from cdr.engines.vllm_setup import find_vllm_version
-    from cdr.errors import CdrError, SetupError
     from cdr.hub import cache_folder
     from cdr.node_cache import SET_CACHE, resolve_cache_dir
     from cdr.redaction import first_line, redact

@@ -29,7 +29,7 @@ from tests.e2e.conftest import ROOT, demo_model, make_job
 __all__ = ["demo_model", "make_job"]  # fixtures of that tier
 
 BIN = Path(sys.executable).parent
-QUICK_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:ReservedCodeCacheSize=240m"
+QUICK_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 MARK = "CDR_TEST_CLUSTER"
 
 

@@ -6,8 +6,11 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pyspark import SparkContext
@@ -17,6 +20,7 @@ from cdr.tracking_store import open_store
 from tests.spark.annotated import Annotated, annotate_small
 
 MakeStore = Callable[[Path], str]
+TakeHours = Callable[[object, str], None]
 LOCAL_CONF = Path(__file__).resolve().parents[2] / "conf" / "cluster" / "local.conf"
 
 
@@ -83,6 +87,26 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
         return f"sqlite:///{folder}/mlflow.db"
 
     return make_store
+
+
+@pytest.fixture
+def take_hours(monkeypatch: pytest.MonkeyPatch) -> TakeHours:
+    """Let two hours pass, for what `--max-hours` counts, whenever a module's function is called."""
+    passed_s = 0
+
+    def take_hours(module: object, name: str) -> None:
+        function = getattr(module, name)
+
+        def slow(*arguments: Any) -> Any:
+            nonlocal passed_s
+            passed_s += 2 * 3600
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, slow)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed_s)
+    monkeypatch.setattr("cdr.runs.time", clock)
+    return take_hours
 
 
 def _make_once(

@@ -6,12 +6,9 @@ import json
 import math
 import operator
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -27,7 +24,7 @@ from cdr.cli import run_job
 from cdr.tracking import git_commit
 from jobs.annotate import main
 from tests.e2e.conftest import ROOT, Job, make_rows, write_job
-from tests.spark.conftest import MakeStore
+from tests.spark.conftest import MakeStore, TakeHours
 from tests.tokenizers import make_smollm2
 
 MakeJob = Callable[..., Job]
@@ -85,18 +82,10 @@ def test_a_line_that_is_not_json_ends_the_run_with_a_clear_error(
 
 
 def test_max_hours_commits_the_wave_in_flight_and_starts_no_other(
-    make_job: MakeJob, run: Run, monkeypatch: pytest.MonkeyPatch
+    make_job: MakeJob, run: Run, take_hours: TakeHours
 ) -> None:
     job = make_job(make_rows(range(8), range(2)), wave_tokens=200)
-    score, passed_s = jobs.scoring.score_wave, [0]
-
-    def take_hours(*arguments: Any) -> Any:
-        passed_s[0] += 2 * 3600
-        return score(*arguments)
-
-    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed_s[0])
-    monkeypatch.setattr("cdr.runs.time", clock)
-    monkeypatch.setattr(jobs.scoring, "score_wave", take_hours)
+    take_hours(jobs.scoring, "score_wave")
     code, output = run(job, "--max-hours", "1")
     assert code == 4, output
     assert "stopped: --max-hours is over" in output

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from cdr.tables import BENCHMARK_PAIRS, LOGPROBS, RUNS, STUDY_PAIRS, Table
 from cdr.warehouse import Warehouse
 from jobs.evaluate import evaluate
 from jobs.pair_study import main as pair_study
+from tests.spark.conftest import TakeHours
 from tests.spark.test_evaluate import GOOD, REWARDBENCH, make_config
 from tests.tokenizers import make_smollm2
 
@@ -182,22 +181,15 @@ def test_max_hours_are_those_of_the_job_not_of_each_row(
     spark: SparkSession,
     tmp_path: Path,
     tokenizer: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    take_hours: TakeHours,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = {name: strong(adapter=name) for name in ("one", "two")}
     config = make_config(
         tmp_path, tokenizer, GOOD[:2], REWARDBENCH, rows=rows, run={"max_hours": 1}
     )
-    warehouse, judge, passed_s = Warehouse(spark, config.warehouse), jobs.evaluate.judge_pairs, [0]
-
-    def take_hours(*arguments: Any) -> Any:
-        passed_s[0] += 2 * 3600
-        return judge(*arguments)
-
-    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed_s[0])
-    monkeypatch.setattr("cdr.runs.time", clock)
-    monkeypatch.setattr(jobs.evaluate, "judge_pairs", take_hours)
+    warehouse = Warehouse(spark, config.warehouse)
+    take_hours(jobs.evaluate, "judge_pairs")
     assert evaluate(plan(config), warehouse) == 4
     shown = capsys.readouterr().out
     assert "stopped: --max-hours is over" in shown

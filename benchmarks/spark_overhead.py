@@ -41,15 +41,15 @@ from cdr.registry import load_annotation_plan
 from cdr.scoring_run import make_context
 from cdr.session import get_session
 from cdr.stages import group_prompts, load_candidates
-from cdr.summary import read_load_s
+from cdr.summary import EngineUse
 from cdr.tables import LOGPROBS, ROUTES, RUNS
 from cdr.warehouse import Warehouse
 from jobs.annotate import annotate
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MINUTES = ("run.wave_tokens=400_000", "run.task_tokens=100_000", "run.request_tokens=16_384")
-"""Waves of minutes on a CPU, as a long run has them; the demo's take seconds."""
+SIZES = ("run.wave_tokens=1_200_000", "run.task_tokens=100_000", "run.request_tokens=16_384")
+"""As docs/how-to/sizing.md has them, for a CPU with 1,000 tokens/s: waves of 20 minutes."""
 
 
 @dataclass
@@ -151,7 +151,7 @@ def measure(prompts: int, sets: Sequence[str], folder: Path) -> None:
         file.writelines(json.dumps(row) + "\n" for row in make_rows(prompts))
     plan = load_annotation_plan(
         ROOT / "conf/annotate/demo.yaml",
-        [f"input.path={source}", f"warehouse={folder}/warehouse", *MINUTES, *sets],
+        [f"input.path={source}", f"warehouse={folder}/warehouse", *SIZES, *sets],
     )
     started = time.perf_counter()
     spark = get_session("cdr benchmark", warehouse=plan.config.warehouse)
@@ -171,10 +171,10 @@ def measure(prompts: int, sets: Sequence[str], folder: Path) -> None:
     bare.annotate(rows[half:])
     assert code == 0, f"the run ended with {code}"
 
-    counts = warehouse.read(RUNS).select("counts").collect()[0][0]
+    use = EngineUse.read(warehouse.read(RUNS).select("counts").collect()[0][0])
     names = {role: model.engine_spec.name for role, model in plan.reward.models.items()}
     # Roles that share a model name the same loading.
-    loads = {names[role]: seconds for role, seconds in read_load_s(counts).items()}
+    loads = {names[role]: seconds for role, seconds in use.load_s.items()}
     load_s = sum(loads.values())
     run_s = job_s - load_s
     print(f"{bare.tokens:,} tokens in {prompts} prompts, each prefix once for each model")
@@ -182,6 +182,10 @@ def measure(prompts: int, sets: Sequence[str], folder: Path) -> None:
     print(f"annotate run     {run_s:7.1f} s from input to report; loading {load_s:.1f} s")
     print(f"Spark's session  {session_s:7.1f} s")
     print(f"bare / run       {bare.spent_s / run_s:7.3f} without loading")
+    print(f"                 = {use.busy_s / run_s:.3f}, share of the run that its engines worked")
+    print(
+        f"                 × {bare.spent_s / use.busy_s:.3f}, their speed by that of the bare ones"
+    )
     print(f"                 {bare.spent_s / job_s:7.3f} with the loading of the run's models")
     print(_compare(bare, warehouse))
     spark.stop()

@@ -58,8 +58,7 @@ class AnnotationRun(ScoringRun):
             scored=self._counts["logprobs_scored"],
             tokens=work.tokens,
             scoring_s=self._spent_s["scoring"],
-            load_s=self._load_s(),
-            resubmitted=self.counter.num_resubmitted(),
+            engines=self._engine_use(),
             wall_s=time.monotonic() - self._started,
         )
         limits = self._spec

@@ -122,14 +122,16 @@ class EvaluationRun(ScoringRun):
             "tokens": work.tokens,
         }
         cost = JudgeCost.read(self.context)
-        engines = self._engine_counts()
-        self._conclude(shares, {**report.counts(), **scoring, **engines, **cost.counts()})
+        engines = self._engine_use()
+        self._conclude(shares, {**report.counts(), **scoring, **engines.counts(), **cost.counts()})
         spent_s = {
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
         metrics = report.metrics()
-        self._tracker.log_summary({**metrics, **scoring, **engines, **spent_s, **cost.metrics()})
+        self._tracker.log_summary(
+            {**metrics, **scoring, **engines.metrics(), **spent_s, **cost.metrics()}
+        )
         log_evaluation(
             self._tracker,
             plan.annotation.reward_version,
@@ -155,7 +157,8 @@ class EvaluationRun(ScoringRun):
         )
         for warning in report.warnings():
             print(f"warning: {warning}")
-        self._say_resubmitted()
+        for line in engines.render():
+            print(line)
         self._remark_on_models(cost)
         if command := self._tracker.ui_command():
             print(f"figures: {command}")

@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from cdr.cli import FAILED, KEPT, OK, STOPPED, explain_spark_error
-from cdr.errors import CdrError, InputError, SetupError, TableError
+from cdr.errors import CdrError, InputError, ModelError, SetupError, TableError
 from cdr.evaluation import (
     Evaluated,
     EvaluationRun,
@@ -22,6 +23,7 @@ from cdr.evaluation import (
     summarize_rows,
 )
 from cdr.evaluation_plan import EvaluationPlan
+from cdr.executors import settle_device
 from cdr.redaction import first_line
 from cdr.runs import StopSignal
 from cdr.tables import RUNS
@@ -44,9 +46,14 @@ def evaluate_rows(
         Exit code: 4 after a stop signal, 1 where a row failed, else the highest of the rows'.
 
     Raises:
+        SetupError: this cluster has not what a row's models need; no row has begun then.
         Exception: the error of the only row, or one that every row would meet: of the input, the
             tables, the setup. What was done before is printed first.
     """
+    for plan in plans:
+        # A model that cannot run here at all is the matter of its row, which says so in its turn.
+        with contextlib.suppress(ModelError):
+            settle_device(plan.annotation.config.run, plan.annotation.engines(), warehouse.spark)
     done: list[Evaluated] = []
     missing = {plan.name: "not begun" for plan in plans}
     code = OK

@@ -25,7 +25,7 @@ from cdr.errors import CdrError, Stopped
 from cdr.progress import Counts, Progress, TaskCounter, is_one_machine, slowest_loads
 from cdr.runs import RunLog, RunRecord, StopSignal
 from cdr.staging import Staging
-from cdr.summary import RESUBMITTED, count_engines
+from cdr.summary import EngineUse
 from cdr.warehouse import Warehouse
 
 Wave = TypeVar("Wave")
@@ -85,6 +85,7 @@ class JobRun(ABC):
         self._stop = stop or StopSignal(warehouse.spark, spec.max_hours)
         self._waves_done = self._waves_total = 0
         self._spent_s: defaultdict[str, float] = defaultdict(float)
+        self._hosts: dict[str, int] = {}
         self._problem: str | None = None
         self._counts: Counter[str] = Counter()
 
@@ -123,7 +124,8 @@ class JobRun(ABC):
         Args:
             waves: none is fine.
             total: what they hold.
-            label: what they do, for example `scoring`; `_spent_s` has their seconds under it.
+            label: what they do, for example `scoring`; `_spent_s` has their seconds under it, and
+                `_hosts` the number of engine hosts that were asked.
 
         Raises:
             Stopped: a signal came, or the time is up.
@@ -133,12 +135,14 @@ class JobRun(ABC):
         self._log.update(waves_total=self._waves_total)
         if not waves:
             return
-        begun = time.monotonic()
+        begun, before = time.monotonic(), self.counter.engine_work().busy_s
         names = name_engines(self._engines)
         with Progress(total, self.counter, label=label, names=names):
             for wave in waves:
                 yield wave
                 self._spent_s[label] = time.monotonic() - begun
+                busy_s = self.counter.engine_work().busy_s
+                self._hosts[label] = sum(s > before.get(host, 0) for host, s in busy_s.items())
                 self.check_stop()
 
     def _note_wave(self, counts: Mapping[str, int]) -> None:
@@ -147,26 +151,20 @@ class JobRun(ABC):
         self._counts.update(counts)
         self._log.update(waves_done=self._waves_done, counts=self._counts)
 
-    def _load_s(self) -> dict[str, float]:
-        """Give what loading each model took, by role, in seconds on its slowest engine host.
-
-        Models that this run did not load are missing.
-        """
-        by_name = slowest_loads(self.counter.engine_loads())
-        return {
-            role: by_name[engine.name]
-            for role, engine in self._engines.items()
-            if engine.name in by_name
-        }
-
-    def _engine_counts(self) -> dict[str, int]:
-        """Give what `runs` keeps of the engines."""
-        return count_engines(self._load_s(), self.counter.num_resubmitted())
-
-    def _say_resubmitted(self) -> None:
-        """Say how many requests vLLM had to be sent again, if any."""
-        if resubmitted := self.counter.num_resubmitted():
-            print(f"{resubmitted:,} requests {RESUBMITTED}\n")
+    def _engine_use(self) -> EngineUse:
+        """Tell how this run has used its engines so far."""
+        loads, work = self.counter.engine_loads(), self.counter.engine_work()
+        by_name = slowest_loads(loads)
+        return EngineUse(
+            load_s={
+                role: by_name[engine.name]
+                for role, engine in self._engines.items()
+                if engine.name in by_name
+            },
+            resubmitted=work.resubmitted,
+            busy_s=sum(work.busy_s.values()),
+            at_hand_s=sum(hosts * self._spent_s[label] for label, hosts in self._hosts.items()),
+        )
 
     def _conclude(self, shares: Sequence[Share], counts: Mapping[str, int]) -> None:
         """Decide the exit code of a run that did all it could, and keep its counts for `runs`."""

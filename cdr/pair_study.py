@@ -274,14 +274,13 @@ class StudyRun(ScoringRun):
         ]
         now, failed = self._counts["logprobs_scored"], self._counts["logprobs_failed"]
         scoring = {"logprobs_asked": work.asked, "logprobs_scored": now, "tokens": work.tokens}
-        self._conclude(shares, {**report.counts(), **scoring, **self._engine_counts()})
+        engines = self._engine_use()
+        self._conclude(shares, {**report.counts(), **scoring, **engines.counts()})
         spent_s = {
             "scoring_s": self._spent_s["scoring"],
             "wall_s": time.monotonic() - self._started,
         }
-        self._tracker.log_summary(
-            {**report.metrics(), **scoring, **self._engine_counts(), **spent_s}
-        )
+        self._tracker.log_summary({**report.metrics(), **scoring, **engines.metrics(), **spent_s})
         if self.mlflow_run_id is not None:
             with tempfile.TemporaryDirectory() as folder:
                 for file in draw_study(report, Path(folder)):
@@ -294,7 +293,8 @@ class StudyRun(ScoringRun):
             f"store, {now:,} scored in {spent_s['scoring_s']:.0f} s, {failed:,} failed\n\n"
             f"{report.render()}\n"
         )
-        self._say_resubmitted()
+        for line in engines.render():
+            print(line)
         self._remark_on_models()
         if command := self._tracker.ui_command():
             print(f"figures: {command}")

@@ -83,6 +83,25 @@ def slowest_loads(loads: Iterable[EngineLoad]) -> dict[str, float]:
     return slowest
 
 
+class EngineWork(NamedTuple):
+    """What engines had to do for some tasks.
+
+    Args:
+        resubmitted: requests that they sent their model again.
+        busy_s: seconds that they were at work, by engine host.
+    """
+
+    resubmitted: int
+    busy_s: Mapping[str, float]
+
+    def plus(self, other: EngineWork) -> EngineWork:
+        """Add field by field, host by host."""
+        busy_s = dict(self.busy_s)
+        for host, seconds in other.busy_s.items():
+            busy_s[host] = busy_s.get(host, 0.0) + seconds
+        return EngineWork(self.resubmitted + other.resubmitted, busy_s)
+
+
 class CountSource(Protocol):
     """What a `Progress` polls."""
 
@@ -106,6 +125,14 @@ class _CountsParam:
         return left.plus(right)
 
 
+class _WorkParam:
+    def zero(self, value: EngineWork) -> EngineWork:
+        return EngineWork(0, {})
+
+    def addInPlace(self, left: EngineWork, right: EngineWork) -> EngineWork:  # noqa: N802 - Spark's
+        return left.plus(right)
+
+
 class _LoadsParam:
     def zero(self, value: frozenset[EngineLoad]) -> frozenset[EngineLoad]:
         return frozenset()
@@ -123,13 +150,13 @@ class TaskCounter:
     Args:
         ended: accumulator over ended tasks.
         loads: accumulator over the engines that ended tasks found loaded.
-        resubmitted: accumulator over requests that engines sent their model again, in ended tasks.
+        work: accumulator over what engines did for ended tasks.
         folder: of the running tasks' files, on the one machine of a local session; else None.
     """
 
     ended: Accumulator[Counts]
     loads: Accumulator[frozenset[EngineLoad]]
-    resubmitted: Accumulator[int]
+    work: Accumulator[EngineWork]
     folder: Path | None
 
     @classmethod
@@ -140,6 +167,7 @@ class TaskCounter:
         # PySpark asks for subclasses; defined up there they would make this module need PySpark.
         counts: AccumulatorParam[Counts] = _CountsParam()  # type: ignore[assignment]
         loads: AccumulatorParam[frozenset[EngineLoad]] = _LoadsParam()  # type: ignore[assignment]
+        work: AccumulatorParam[EngineWork] = _WorkParam()  # type: ignore[assignment]
         context = spark.sparkContext
         folder = None
         if is_one_machine(context.master):
@@ -147,7 +175,7 @@ class TaskCounter:
         counter = cls(
             context.accumulator(Counts(), counts),
             context.accumulator(frozenset(), loads),
-            context.accumulator(0),
+            context.accumulator(EngineWork(0, {}), work),
             folder,
         )
         if folder is not None:
@@ -174,13 +202,13 @@ class TaskCounter:
         """Note, on a worker, which engines a task found loaded."""
         self.loads.add(frozenset(loads))
 
-    def add_resubmitted(self, requests: int) -> None:
-        """Count, on a worker, requests that a task's engines sent their model again."""
-        self.resubmitted.add(requests)
+    def add_work(self, work: EngineWork) -> None:
+        """Count, on a worker, what a task's engines had to do."""
+        self.work.add(work)
 
-    def num_resubmitted(self) -> int:
-        """Give the requests that ended tasks' engines sent again (driver only)."""
-        return self.resubmitted.value
+    def engine_work(self) -> EngineWork:
+        """Give what engines did for ended tasks (driver only)."""
+        return self.work.value
 
     def engine_loads(self) -> frozenset[EngineLoad]:
         """Give every engine that ended tasks found loaded (driver only)."""

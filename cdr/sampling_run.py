@@ -20,6 +20,7 @@ from cdr.sampling import SamplingPlan
 from cdr.sampling_stages import SampleCounts, SamplingContext, SamplingWork, write_rejects
 from cdr.sources import input_version
 from cdr.staging import Staging
+from cdr.summary import EngineUse
 from cdr.tables import COMPLETIONS
 from cdr.warehouse import Warehouse
 
@@ -99,6 +100,7 @@ class SamplingRun(JobRun):
             Share("prompts", "rejected", rejected_share, limits.max_rejected_fraction),
             Share("samples", "failed", failed_share, limits.max_failed_fraction),
         )
+        engines = self._engine_use()
         recorded = {
             "prompts": work.num_prompts,
             "prompts_rejected": rejected,
@@ -107,12 +109,12 @@ class SamplingRun(JobRun):
             "tokens": counts.tokens,
             "length_stopped": counts.cut,
             "empty": counts.empty,
-            **self._engine_counts(),
+            **engines.counts(),
         }
         self._conclude(shares, recorded)
-        print(f"\n{self._summary(work, rejects)}")
+        print(f"\n{self._summary(work, rejects, engines)}")
 
-    def _summary(self, work: SamplingWork, rejects: dict[str, int]) -> str:
+    def _summary(self, work: SamplingWork, rejects: dict[str, int], engines: EngineUse) -> str:
         config, counts = self._plan.config, self._sampled
         known = (work.num_prompts - sum(rejects.values())) * config.sampling.num_samples
         known -= work.num_missing - counts.refused * config.sampling.num_samples
@@ -132,4 +134,5 @@ class SamplingRun(JobRun):
                 f"time        {format_duration(spent_s)}, "
                 f"{format_count(counts.tokens / spent_s)} tokens/s",
             ]
-        return "\n".join([*lines, f"table       {self._warehouse.place(COMPLETIONS)}"])
+        table = f"table       {self._warehouse.place(COMPLETIONS)}"
+        return "\n".join([*lines, *engines.render(), table])

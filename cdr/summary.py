@@ -6,7 +6,7 @@ Computed from the committed tables in three small aggregations, so it says what 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 from pyspark.sql import DataFrame
@@ -21,24 +21,65 @@ RESUBMITTED = "sent to vLLM again, without its prefix cache (docs/how-to/vllm.md
 _LOAD_S = "load_s."
 
 
-def count_engines(load_s: Mapping[str, float], resubmitted: int) -> dict[str, int]:
-    """Give what `runs.counts` keeps of a run's engines, by name.
+@dataclass(frozen=True)
+class EngineUse:
+    """How a run used its engines.
 
     Args:
-        load_s: seconds that loading a model took, by role; kept as whole ones.
-        resubmitted: requests that engines sent their model again; kept when there are any.
+        load_s: seconds that loading a model took on the slowest engine host, by role; the models
+            that this run did not load are missing.
+        resubmitted: requests that engines sent their model again.
+        busy_s: seconds that engine hosts were at work on requests, summed over them; what tasks
+            asked that failed is not in it.
+        at_hand_s: seconds that the waves took, summed over the hosts that were asked in them:
+            loading, uneven ends and commits are in it.
     """
-    counts = {f"{_LOAD_S}{role}": round(seconds) for role, seconds in load_s.items()}
-    return {**counts, "requests_resubmitted": resubmitted} if resubmitted else counts
 
+    load_s: Mapping[str, float] = field(default_factory=dict)
+    resubmitted: int = 0
+    busy_s: float = 0.0
+    at_hand_s: float = 0.0
 
-def read_load_s(counts: Mapping[str, int]) -> dict[str, float]:
-    """Give the seconds that `count_engines` kept, by role."""
-    return {
-        name.removeprefix(_LOAD_S): float(seconds)
-        for name, seconds in counts.items()
-        if name.startswith(_LOAD_S)
-    }
+    @property
+    def busy(self) -> float | None:
+        """Share of the waves' time that the hosts were at work; None where none was asked."""
+        return self.busy_s / self.at_hand_s if self.at_hand_s else None
+
+    def counts(self) -> dict[str, int]:
+        """Give what `runs.counts` keeps, by name: whole seconds."""
+        return {name: round(value) for name, value in self.metrics().items()}
+
+    def metrics(self) -> dict[str, float]:
+        """Give what there is to tell, by name, for MLflow."""
+        found = {f"{_LOAD_S}{role}": seconds for role, seconds in self.load_s.items()}
+        if self.resubmitted:
+            found["requests_resubmitted"] = self.resubmitted
+        if self.at_hand_s:
+            found |= {"engines_busy_s": self.busy_s, "engines_at_hand_s": self.at_hand_s}
+        return found
+
+    @classmethod
+    def read(cls, counts: Mapping[str, int]) -> EngineUse:
+        """Take what `counts` gave."""
+        return cls(
+            load_s={
+                name.removeprefix(_LOAD_S): float(seconds)
+                for name, seconds in counts.items()
+                if name.startswith(_LOAD_S)
+            },
+            resubmitted=counts.get("requests_resubmitted", 0),
+            busy_s=counts.get("engines_busy_s", 0.0),
+            at_hand_s=counts.get("engines_at_hand_s", 0.0),
+        )
+
+    def render(self) -> list[str]:
+        """Write it for a terminal, in lines; none where no engine was asked."""
+        lines = []
+        if self.busy is not None:
+            lines.append(f"{'engines':<12}{self.busy:>9.0%}   busy while there were waves")
+        if self.resubmitted:
+            lines.append(f"{'requests':<12}{self.resubmitted:>9,}   {RESUBMITTED}")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -84,9 +125,7 @@ class Summary:
         length_fallbacks: pairs whose length window was empty.
         tokens: tokens read by the scoring models, prefixes once.
         scoring_s: seconds spent in waves.
-        load_s: seconds that loading a model took on the slowest engine host, by role; the models
-            that this run did not load are missing.
-        resubmitted: requests that engines sent their model again.
+        engines: how it used its engines.
         wall_s: seconds since the start.
     """
 
@@ -103,8 +142,7 @@ class Summary:
     length_fallbacks: int
     tokens: int
     scoring_s: float
-    load_s: Mapping[str, float]
-    resubmitted: int
+    engines: EngineUse
     wall_s: float
 
     @property
@@ -137,7 +175,7 @@ class Summary:
             "tokens": self.tokens,
             # Whole seconds, for pages built from the tables later.
             "scoring_s": round(self.scoring_s),
-            **count_engines(self.load_s, self.resubmitted),
+            **self.engines.counts(),
             **{f"rejected.{reason}": count for reason, count in self.rejected.items()},
             **{f"no_pair.{reason}": count for reason, count in self.no_pair.items()},
             **{f"routed.{source}": count for source, count in self.routed.items()},
@@ -152,7 +190,7 @@ class Summary:
             "failed_fraction": self.failed_fraction,
             "scoring_s": self.scoring_s,
             "wall_s": self.wall_s,
-            **{f"{_LOAD_S}{role}": seconds for role, seconds in self.load_s.items()},
+            **self.engines.metrics(),
         }
         if self.scoring_s > 0:
             found["tokens_per_s"] = self.tokens / self.scoring_s
@@ -192,7 +230,7 @@ class Summary:
             + (
                 f"{self.tokens / self.scoring_s:,.0f} tokens/s while scoring" if self.tokens else ""
             ),
-            *([f"{'requests':<12}{self.resubmitted:>9,}   {RESUBMITTED}"] * (self.resubmitted > 0)),
+            *self.engines.render(),
             f"{'wall time':<12}{self.wall_s:>8,.0f}s   of it scoring {self.scoring_s:,.0f}s",
             "",
         ]
@@ -224,8 +262,7 @@ def summarize(
     scored: int,
     tokens: int,
     scoring_s: float,
-    load_s: Mapping[str, float],
-    resubmitted: int,
+    engines: EngineUse,
     wall_s: float,
 ) -> Summary:
     """Aggregate what a run committed.
@@ -239,8 +276,7 @@ def summarize(
         scored: log-probs computed now.
         tokens: tokens read by the scoring models.
         scoring_s: seconds spent in waves.
-        load_s: seconds that loading a model took, by role.
-        resubmitted: requests that engines sent their model again.
+        engines: how the run used its engines.
         wall_s: seconds since the start.
     """
     quantiles = list(QUANTILES)
@@ -306,8 +342,7 @@ def summarize(
         length_fallbacks=sum(row["fallbacks"] for row in by_pair.values()),
         tokens=tokens,
         scoring_s=scoring_s,
-        load_s=load_s,
-        resubmitted=resubmitted,
+        engines=engines,
         wall_s=wall_s,
     )
 

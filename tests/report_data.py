@@ -23,7 +23,7 @@ from cdr.report.pairs import ShownCandidate, ShownPair
 from cdr.report.plots import Histogram
 from cdr.report.tokens import Piece, TokenRow
 from cdr.runs import RunRecord
-from cdr.summary import DomainSummary, Summary
+from cdr.summary import DomainSummary, EngineUse, Summary
 
 SCRIPT = "<script>document.title='broken'; fetch('https://example.com/x')</script>"
 IMAGE = "<img src='https://example.com/pixel.png' onerror=\"document.title='broken'\">"
@@ -129,8 +129,7 @@ def make_summary(names: tuple[str, ...], **changes: Any) -> Summary:
         "length_fallbacks": 0,
         "tokens": 90_000,
         "scoring_s": 300.0,
-        "load_s": {"strong": 12.0, "weak": 11.0},
-        "resubmitted": 0,
+        "engines": EngineUse({"strong": 12.0, "weak": 11.0}, busy_s=540.0, at_hand_s=600.0),
         "wall_s": 400.0,
     }
     return Summary(**{**values, **changes})

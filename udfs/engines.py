@@ -10,7 +10,7 @@ from cdr.engines.access import hold_engines
 from cdr.engines.base import EngineSpec
 from cdr.engines.client import EngineClient
 from cdr.engines.device import DeviceChoice
-from cdr.progress import EngineLoad, TaskCounter
+from cdr.progress import EngineLoad, EngineWork, TaskCounter
 
 
 @contextlib.contextmanager
@@ -22,8 +22,8 @@ def task_engines(
     Args:
         specs: the engines the stage needs; others on the device are closed.
         choice: which kind of device, as `cdr.executors` has settled it.
-        counter: tells the driver which engines were loaded where, how long that took, and how many
-            requests they had to send again.
+        counter: tells the driver which engines were loaded where, how long that took, and what
+            work they had.
 
     Yields:
         The client, and each engine's version by its name.
@@ -39,4 +39,5 @@ def task_engines(
             for engine in engines
         )
         yield held.client, {engine.name: engine.engine_version for engine in engines}
-        counter.add_resubmitted(held.client.num_resubmitted)
+        busy_s = {f"{node} {held.status.pid}": held.client.busy_s}
+        counter.add_work(EngineWork(held.client.num_resubmitted, busy_s))

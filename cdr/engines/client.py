@@ -82,6 +82,7 @@ class EngineClient:
     Attributes:
         num_resubmitted: requests that engines had to send their model again (vLLM's without its
             prefix cache), for all that this client asked.
+        busy_s: seconds that the device's engines were at work on what this client asked.
     """
 
     def __init__(self, device: Device, options: HostOptions) -> None:
@@ -91,6 +92,7 @@ class EngineClient:
         self._specs: tuple[EngineSpec, ...] = ()
         self._deaths_in_a_row = 0
         self.num_resubmitted = 0
+        self.busy_s = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -211,6 +213,7 @@ class EngineClient:
                 return [None] * len(part)
             died = reply[0]["died"]
             self.num_resubmitted += reply[0]["resubmitted"]
+            self.busy_s += reply[0]["busy_s"]
             self._deaths_in_a_row = self._deaths_in_a_row + 1 if died else 0
             outcomes = decode(reply, groups)
             return [

@@ -202,7 +202,8 @@ class EngineHost:
         Returns:
             One list per group, one outcome per item, and the head of the reply. Its `died` are the
             engines that did: the outcomes of theirs mean nothing, and whoever needs them next loads
-            them again. `resubmitted` counts what engines had to ask their models again.
+            them again. `resubmitted` counts what engines had to ask their models again, `busy_s` is
+            how many seconds they were at work.
         """
         names = [name for name, _ in head["asked"]]
         engines = [self._loaded[name].engine for name in names]
@@ -210,10 +211,12 @@ class EngineHost:
         left = iter(groups)
         parts = [list(islice(left, size)) for _, size in head["asked"]]
         answer_one = partial(self._answer_or_bury, ask)
+        begun = time.monotonic()
         if len(engines) > 1 and all(engine.is_concurrent for engine in engines):
             answers = list(self._beside.map(answer_one, engines, parts))
         else:
             answers = list(map(answer_one, engines, parts))
+        busy_s = time.monotonic() - begun
         died = [name for name, part in zip(names, answers, strict=True) if part is None]
         resubmitted += sum(map(_count_resubmitted, engines))
         nothing = Outcome[Value](None, FailReason.ENGINE_DIED_TWICE)
@@ -222,7 +225,7 @@ class EngineHost:
             for part, groups_of_one in zip(answers, parts, strict=True)
             for outcome in part or [[nothing] * wire.num_items(group) for group in groups_of_one]
         ]
-        return outcomes, {"died": died, "resubmitted": resubmitted}
+        return outcomes, {"died": died, "resubmitted": resubmitted, "busy_s": busy_s}
 
     def _answer_or_bury(
         self,

@@ -90,10 +90,13 @@ def _came(data: AnnotationData) -> Iterator[tuple[str, str]]:
             f"{summary.prompts / summary.scoring_s:,.2g} prompts/s"
         )
     yield "scoring", f"{summary.tokens:,} tokens in {summary.scoring_s:,.0f} s{speed}"
-    if summary.resubmitted:
-        yield "requests", f"{summary.resubmitted:,} {RESUBMITTED}"
-    if summary.load_s:
-        loads = (f"{role} {seconds:,.0f} s" for role, seconds in sorted(summary.load_s.items()))
+    engines = summary.engines
+    if engines.busy is not None:
+        yield "engines busy", f"{engines.busy:.0%} of the time that waves took"
+    if engines.resubmitted:
+        yield "requests", f"{engines.resubmitted:,} {RESUBMITTED}"
+    if engines.load_s:
+        loads = (f"{role} {seconds:,.0f} s" for role, seconds in sorted(engines.load_s.items()))
         yield "loading, on the slowest host", ", ".join(loads)
     yield "wall time", f"{summary.wall_s:,.0f} s"
     yield "engine", ", ".join(data.engine_versions) or "–"

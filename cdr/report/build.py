@@ -29,7 +29,7 @@ from cdr.report.evaluation_page import render_evaluation
 from cdr.report.html import SUBMIT
 from cdr.reward_config import RewardSpec
 from cdr.runs import RunRecord
-from cdr.summary import Summary, read_load_s, summarize
+from cdr.summary import EngineUse, Summary, summarize
 from cdr.tables import BENCHMARK_PAIRS, PREFERENCES, REJECTS, REWARDS, RUNS, UNPAIRED, Table
 from cdr.warehouse import Warehouse
 
@@ -224,8 +224,7 @@ def _rebuild_annotation(
         scored=counts.get("logprobs_scored", 0),
         tokens=counts.get("tokens", 0),
         scoring_s=float(counts.get("scoring_s", 0)),
-        load_s=read_load_s(counts),
-        resubmitted=counts.get("requests_resubmitted", 0),
+        engines=EngineUse.read(counts),
         wall_s=(ended - record.started_at).total_seconds(),
     )
     data = gather_annotation(

@@ -201,6 +201,10 @@ def test_the_mlflow_run_says_what_was_asked_of_which_versions_and_what_came_out(
     counts = dict(record["counts"])
     assert {name for name in counts if name.startswith("load_s")} == {f"load_s.{r}" for r in roles}
     assert "requests_resubmitted" not in metrics  # nothing was
+    # One host routed, then scored.
+    assert 0 < metrics["engines_busy_s"] < metrics["engines_at_hand_s"] < metrics["wall_s"]
+    assert counts["engines_at_hand_s"] == round(metrics["engines_at_hand_s"])
+    assert re.search(r"engines +\d+%   busy while there were waves", output)
 
     artifacts = Path(url2pathname(urlsplit(run.info.artifact_uri).path))
     asked = yaml.safe_load((artifacts / "config.yaml").read_text())

@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 
 import jobs.evaluate
 import jobs.scoring
-from cdr.errors import InputError
+from cdr.errors import InputError, SetupError
 from cdr.evaluation_config import EvaluateConfig
 from cdr.evaluation_plan import EvaluationPlan, plan_evaluation
 from cdr.tables import BENCHMARK_PAIRS, LOGPROBS, RUNS, STUDY_PAIRS, Table
@@ -90,6 +90,17 @@ def test_a_row_that_fails_does_not_keep_the_others_from_theirs(
     # Alone it is the job that fails, with the error's own exit code.
     with pytest.raises(Exception, match="extra must hold only"):
         evaluate(plans[1:2], warehouse)
+
+
+def test_a_row_that_needs_more_gpus_than_there_are_is_told_before_any_row_begins(
+    spark: SparkSession, tmp_path: Path, tokenizer: Path
+) -> None:
+    rows = {"first": {"change": PLAIN}, "split": strong(tensor_parallel=64)}
+    config = make_config(tmp_path, tokenizer, GOOD, REWARDBENCH, rows=rows)
+    warehouse = Warehouse(spark, config.warehouse)
+    with pytest.raises(SetupError, match="tensor_parallel needs 64 GPUs"):
+        evaluate(plan(config), warehouse)
+    assert outcomes(warehouse) == []
 
 
 def test_what_every_row_would_meet_ends_the_job_and_what_is_done_is_shown(

@@ -28,7 +28,7 @@ from cdr.report.build import rebuild_report, report_command, write_page
 from cdr.report.pairs import ShownCandidate
 from cdr.report.tokens import TokenRow
 from cdr.runs import RunRecord
-from cdr.summary import summarize
+from cdr.summary import EngineUse, summarize
 from cdr.tables import PREFERENCES, REJECTS, REWARDS, RUNS, UNPAIRED, Table
 from cdr.warehouse import Warehouse
 from jobs.annotate import annotate
@@ -111,7 +111,7 @@ def run(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Run:
     frames = {t: warehouse.read(t) for t in (REWARDS, PREFERENCES, REJECTS, UNPAIRED)}
     summary = summarize(
         frames[REWARDS], frames[REJECTS], frames[PREFERENCES], frames[UNPAIRED],
-        asked=0, scored=0, tokens=0, scoring_s=0, load_s={}, resubmitted=0, wall_s=0,
+        asked=0, scored=0, tokens=0, scoring_s=0, engines=EngineUse(), wall_s=0,
     )  # fmt: skip
     rows = RunRows(frames[REWARDS], frames[PREFERENCES], frames[REJECTS])
     record = RunRecord(**row)

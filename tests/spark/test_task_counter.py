@@ -12,7 +12,7 @@ import pytest
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
 
-from cdr.progress import Counts, EngineLoad, TaskCounter, slowest_loads
+from cdr.progress import Counts, EngineLoad, EngineWork, TaskCounter, slowest_loads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,14 +77,15 @@ def test_the_slowest_host_says_how_long_an_engine_took_to_load(spark: SparkSessi
                 # Tasks that come later to a host find the same engine with the same number.
                 weak = EngineLoad("node", "cuda:0", 100, "weak", 7.5)
                 counter.add_loads([strong, weak])
-                counter.add_resubmitted(task)
+                counter.add_work(EngineWork(task, {"node 100": 1.5, f"node {200 + task}": 0.5}))
             yield batch
 
     assert slowest_loads(counter.engine_loads()) == {}
     spark.range(3, numPartitions=3).mapInPandas(load, "id long").collect()
     assert len(counter.engine_loads()) == 4
     assert slowest_loads(counter.engine_loads()) == {"strong": 32.0, "weak": 7.5}
-    assert counter.num_resubmitted() == 0 + 1 + 2
+    own = {"node 200": 0.5, "node 201": 0.5, "node 202": 0.5}
+    assert counter.engine_work() == EngineWork(0 + 1 + 2, {"node 100": 3 * 1.5, **own})
 
 
 def test_the_folder_goes_away_with_the_counter(spark: SparkSession) -> None:

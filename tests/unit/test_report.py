@@ -21,7 +21,7 @@ from cdr.report.annotation_verdict import judge
 from cdr.report.plots import Histogram, draw_histogram
 from cdr.report.tokens import MAX_TOKENS, Piece, ScoredTerm, TokenReader, TokenRow, split_text
 from cdr.report.verdict import Level
-from cdr.summary import read_load_s
+from cdr.summary import EngineUse
 from tests.report_data import (
     IMAGE,
     SCRIPT,
@@ -150,19 +150,24 @@ def test_models_with_tokens_of_their_own_are_shown_each() -> None:
     assert "… and 7 more tokens: +1.50 nats" in text
 
 
-def test_loading_and_requests_sent_again_are_told_where_there_were_any() -> None:
+def test_what_engines_did_is_told_where_they_were_asked() -> None:
     plain = make_report()
     assert "strong 12 s, weak 11 s" in Reader(render_annotation(plain)).text
     assert "sent to vLLM again" not in Reader(render_annotation(plain)).text
     assert "sent to vLLM again" not in plain.summary.render()
-    again = with_summary(plain, resubmitted=1234, load_s={"strong": 12.4})
+    assert "90% of the time that waves took" in Reader(render_annotation(plain)).text
+    assert "engines           90%   busy while there were waves" in plain.summary.render()
+    again = with_summary(plain, engines=EngineUse({"strong": 12.4}, resubmitted=1234))
+    # A run that found everything in the store asked no engine.
+    assert "busy" not in again.summary.render()
     assert "1,234 sent to vLLM again" in Reader(render_annotation(again)).text
     assert "requests        1,234   sent to vLLM again" in again.summary.render()
     counts = again.summary.counts()
     assert counts["requests_resubmitted"] == 1234
     assert again.summary.metrics()["load_s.strong"] == 12.4
     # What a page built from the tables later has of it.
-    assert read_load_s(counts) == {"strong": 12.0}
+    assert EngineUse.read(counts) == EngineUse({"strong": 12.0}, resubmitted=1234)
+    assert EngineUse.read(plain.summary.counts()) == plain.summary.engines
 
 
 def test_an_empty_run_has_a_page_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from cdr.engines.client import EngineClient, connect
 from cdr.engines.device import Device
 from cdr.engines.stub import StubEngine
 from cdr.errors import SetupError
-from cdr.progress import Counts, EngineLoad
+from cdr.progress import Counts, EngineLoad, EngineWork
 from udfs.score import make_score
 
 RESUBMITS = '{"resubmit_token": 1}'
@@ -30,7 +31,7 @@ class Counter:
     def __init__(self) -> None:
         self.counts = Counts()
         self.loads: set[EngineLoad] = set()
-        self.resubmitted = 0
+        self.work = EngineWork(0, {})
 
     @contextlib.contextmanager
     def task(self) -> Iterator[Any]:
@@ -42,8 +43,8 @@ class Counter:
     def add_loads(self, loads: Any) -> None:
         self.loads |= set(loads)
 
-    def add_resubmitted(self, requests: int) -> None:
-        self.resubmitted += requests
+    def add_work(self, work: EngineWork) -> None:
+        self.work = self.work.plus(work)
 
 
 def make_frame(prompts: int) -> pd.DataFrame:
@@ -114,9 +115,13 @@ def test_the_driver_learns_what_was_loaded_where(
     }
     assert len({load.host_pid for load in counter.loads}) == 1
     # One of two completions of each model; a later task on the same host adds its own only.
-    assert counter.resubmitted == 2
+    first = counter.work
+    assert first.resubmitted == 2
+    ((host, busy_s),) = first.busy_s.items()
+    assert host == f"{socket.gethostname()} {next(load.host_pid for load in counter.loads)}"
     assert sum(map(len, function(iter([make_frame(3)])))) == 12
-    assert counter.resubmitted == 2 + 6
+    assert counter.work.resubmitted == 2 + 6
+    assert counter.work.busy_s[host] > busy_s > 0
 
 
 def test_a_cluster_without_gpus_is_refused_and_a_cpu_that_is_meant_is_taken(

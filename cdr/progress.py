@@ -261,7 +261,7 @@ class Progress:
     """Shows counts against a total while its `with` block runs.
 
     Args:
-        total: what there is to do.
+        total: what there is to do; tokens are 0 where nobody can know them before.
         source: polled from a thread, once a second with a terminal, else every ten.
         label: what is being done, for example the model's role.
         names: what engines are called in the lines about their loading, by engine.
@@ -296,7 +296,7 @@ class Progress:
     def __enter__(self) -> Self:
         if self._stream.isatty():
             self._bar = tqdm(
-                total=max(self._total.tokens, 1),
+                total=max(self._amount(self._total), 1),
                 desc=self._label,
                 file=self._stream,
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}",
@@ -333,14 +333,16 @@ class Progress:
             self._print(f"{self._label}: {self.describe()}")
         else:
             self._bar.set_postfix_str(self.describe(), refresh=False)
-            self._bar.update(min(self._done.tokens, self._total.tokens) - self._bar.n)
+            done = min(self._amount(self._done), self._amount(self._total))
+            self._bar.update(done - self._bar.n)
             self._bar.refresh()
 
     def describe(self) -> str:
         """Say how far it is, how fast, and how long it will take; rates of the last 5 minutes."""
         done, total = self._done, self._total
+        of_all = f" of {format_count(total.tokens)}" if total.tokens else ""
         parts = [
-            f"{format_count(done.tokens)} of {format_count(total.tokens)} tokens",
+            f"{format_count(done.tokens)}{of_all} tokens",
             f"{done.prompts:,} of {total.prompts:,} prompts",
         ]
         (then, before), (now, _) = self._history[0], self._history[-1]
@@ -349,10 +351,17 @@ class Progress:
             span_s = now - then
             parts.append(f"{format_count(tokens / span_s)} tokens/s")
             parts.append(f"{format_count(prompts / span_s)} prompts/s")
-            left_s = max(total.tokens - done.tokens, 0) * span_s / tokens
-            parts.append(f"{format_duration(left_s)} left" if left_s else "done")
+            left = max(self._amount(total) - self._amount(done), 0)
+            if not left:
+                parts.append("done")
+            elif amount := self._amount(Counts(prompts, tokens)):
+                parts.append(f"{format_duration(left * span_s / amount)} left")
         parts.append(f"{format_duration(self._clock() - self._start_s)} so far")
         return ", ".join(parts)
+
+    def _amount(self, counts: Counts) -> int:
+        """Give what the work is measured by: tokens, where their total is known."""
+        return counts.tokens if self._total.tokens else counts.prompts
 
     def _print(self, line: str) -> None:
         if self._bar is None:

@@ -28,7 +28,7 @@ ROUTED_DDL = (
 """Schema of what a routing function yields, one row per prompt; `error` null when routed."""
 
 _CHARS_PER_TOKEN = 4
-"""Of English prose; it only sizes waves and the progress bar, before anything is encoded."""
+"""Of English prose; it only sizes waves, before anything is encoded."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,6 @@ class RoutingWork:
     rows: DataFrame
     prompts: int
     waves: tuple[BucketRange, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens the router reads, roughly."""
-        return sum(wave.tokens for wave in self.waves)
 
 
 def plan_routing(prompts: DataFrame, run: Context) -> RoutingWork:

@@ -79,9 +79,8 @@ class SamplingRun(JobRun):
         Raises:
             Stopped: a signal came, or the time is up.
         """
-        # How long samples get shows only when they end, so tokens are those at most.
-        most = work.num_missing * self._plan.config.sampling.max_new_tokens
-        total = Counts(work.num_missing_prompts, most)
+        # How long samples get shows only when they end.
+        total = Counts(work.num_missing_prompts, tokens=0)
         return self._go_through(range(work.num_waves), total, "sampling")
 
     def committed(self, counts: SampleCounts) -> None:

@@ -144,7 +144,7 @@ class ScoringRun(JobRun):
         Raises:
             Stopped: a signal came, or the time is up.
         """
-        return self._go_through(work.waves, Counts(work.prompts, work.tokens), "routing")
+        return self._go_through(work.waves, Counts(work.prompts, 0), "routing")
 
     def routed(self, result: WaveResult) -> None:
         """Note that a wave of routes has been committed."""

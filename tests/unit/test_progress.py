@@ -67,6 +67,26 @@ def test_nothing_done_yet_promises_no_time() -> None:
     assert stream.getvalue() == ("strong: 0 of 40.0 k tokens, 0 of 1,000 prompts, 30 s so far\n")
 
 
+def test_where_tokens_cannot_be_known_before_prompts_say_how_long() -> None:
+    source, clock, stream = Source(), Clock(), io.StringIO()
+    progress = make_progress(source, clock, stream, total_tokens=0)
+    clock.now_s += 20
+    source.counts = Counts(0, 4_000)  # of a prompt that is not through
+    progress.refresh()
+    clock.now_s += 20
+    source.counts = Counts(250, 10_000)
+    progress.refresh()
+    source.counts = Counts(1000, 35_000)
+    progress.refresh()
+    assert stream.getvalue().splitlines() == [
+        "strong: 4,000 tokens, 0 of 1,000 prompts, 200 tokens/s, 0 prompts/s, 20 s so far",
+        "strong: 10.0 k tokens, 250 of 1,000 prompts, 250 tokens/s, 6.2 prompts/s, 2 min left, "
+        "40 s so far",
+        "strong: 35.0 k tokens, 1,000 of 1,000 prompts, 875 tokens/s, 25 prompts/s, done, "
+        "40 s so far",
+    ]
+
+
 def test_the_rate_forgets_what_is_older_than_five_minutes() -> None:
     source, clock, stream = Source(), Clock(), io.StringIO()
     progress = make_progress(source, clock, stream, total_tokens=4_000_000)

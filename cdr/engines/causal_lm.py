@@ -151,8 +151,11 @@ class CausalLm(Decoder):
             Float32 logits, shape [rows, ids].
         """
         last = self.vocab_size if last is None else min(last, self.vocab_size)
-        weight = self._head.weight[first:last].to(self._head_dtype)
-        logits: torch.Tensor = (states.to(self._head_dtype) @ weight.T).float()
+        weight = self._head.weight[first:last]
+        is_bfloat16 = states.dtype == weight.dtype == torch.bfloat16
+        with _bfloat16_products() if is_bfloat16 else contextlib.nullcontext():
+            logits: torch.Tensor = states.to(self._head_dtype) @ weight.to(self._head_dtype).T
+        logits = logits.float()
         if self._head.bias is not None:
             logits += self._head.bias[first:last]
         if self._scale != 1.0:
@@ -256,6 +259,26 @@ def load_model(kind: Any, spec: EngineSpec, device: torch.device) -> Any:
             parameter.data = parameter.data.to(dtype)
         model.to(device)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Let a CPU multiply float32 matrices of bfloat16 numbers as what they are, where it can.
+
+    Such products are exact in float32, in which they are added up, so only the order of the sums is
+    another one. PyTorch has no product of bfloat16 matrices on a CPU that is not rounded.
+    """
+    # PyTorch has it from 2.9 on.
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @contextlib.contextmanager

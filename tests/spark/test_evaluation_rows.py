@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,15 @@ def test_a_row_that_fails_does_not_keep_the_others_from_theirs(
 def test_a_row_that_needs_more_gpus_than_there_are_is_told_before_any_row_begins(
     spark: SparkSession, tmp_path: Path, tokenizer: Path
 ) -> None:
-    rows = {"first": {"change": PLAIN}, "split": strong(tensor_parallel=64)}
+    rows = {"first": {"change": PLAIN}, "split": strong(adapter="split")}
     config = make_config(tmp_path, tokenizer, GOOD, REWARDBENCH, rows=rows)
-    warehouse = Warehouse(spark, config.warehouse)
+    first, split = plan(config)
+    reward, warehouse = split.annotation.reward, Warehouse(spark, config.warehouse)
+    # A config takes it for vLLM's models only, which is not installed everywhere.
+    engines = tuple(replace(engine, tensor_parallel=64) for engine in reward.engines)
+    annotation = replace(split.annotation, reward=replace(reward, engines=engines))
     with pytest.raises(SetupError, match="tensor_parallel needs 64 GPUs"):
-        evaluate(plan(config), warehouse)
+        evaluate([first, replace(split, annotation=annotation)], warehouse)
     assert outcomes(warehouse) == []
 
 

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cdr.demo_model import resolve_demo_model_dir
 from cdr.engines.base import EngineSpec, SamplingRequest, ScoringGroup
+from cdr.engines.causal_lm import CausalLm
 from cdr.engines.transformers import TransformersEngine
 from cdr.errors import EngineError, ModelError
 
@@ -298,6 +299,25 @@ def test_bfloat16_weights_with_a_float32_head_stay_near_float32(
         [a - b for x, y in zip(exact, rounded, strict=True) for a, b in zip(x, y, strict=True)]
     )
     assert 0 < np.abs(differences).mean() < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_a_bfloat16_models_logits_are_sums_of_exact_products(tmp_path: Path, rows: int) -> None:
+    # Wide enough for the kernels that multiply bfloat16 numbers as such.
+    path = save_model(tmp_path, hidden_size=256, head_dim=64, vocab_size=1024)
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    spec = EngineSpec("m", "transformers", str(path), dtype="bfloat16", max_length=128)
+    model = CausalLm(spec, torch.device("cpu"))
+    states = torch.randn(rows, 256).bfloat16()
+    weight = model._model.get_output_embeddings().weight
+    with torch.inference_mode():
+        logits = model.compute_logits(states, 24, 1000)
+        exact = states.double() @ weight[24:1000].double().T
+    assert logits.dtype == torch.float32
+    # A logit rounded to bfloat16 would be off by up to one part in 512.
+    assert (logits - exact).abs().max() < 1e-5 * exact.abs().max()
+    after = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    assert after == before
 
 
 def test_an_adapter_scores_as_peft_itself_does(tiny: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def evaluate_rows(
         Exception: the error of the only row, or one that every row would meet: of the input, the
             tables, the setup. What was done before is printed first.
     """
-    for plan in plans:
+    for plan in plans[1:]:  # the first one's run begins with this
         # A model that cannot run here at all is the matter of its row, which says so in its turn.
         with contextlib.suppress(ModelError):
             settle_device(plan.annotation.config.run, plan.annotation.engines(), warehouse.spark)

@@ -85,7 +85,7 @@ class JobRun(ABC):
         self._stop = stop or StopSignal(warehouse.spark, spec.max_hours)
         self._waves_done = self._waves_total = 0
         self._spent_s: defaultdict[str, float] = defaultdict(float)
-        self._hosts: dict[str, int] = {}
+        self._at_hand_s: dict[str, float] = {}
         self._problem: str | None = None
         self._counts: Counter[str] = Counter()
 
@@ -125,7 +125,7 @@ class JobRun(ABC):
             waves: none is fine.
             total: what they hold.
             label: what they do, for example `scoring`; `_spent_s` has their seconds under it, and
-                `_hosts` the number of engine hosts that were asked.
+                `_at_hand_s` these times the engine hosts that were asked.
 
         Raises:
             Stopped: a signal came, or the time is up.
@@ -142,7 +142,8 @@ class JobRun(ABC):
                 yield wave
                 self._spent_s[label] = time.monotonic() - begun
                 busy_s = self.counter.engine_work().busy_s
-                self._hosts[label] = sum(s > before.get(host, 0) for host, s in busy_s.items())
+                hosts = sum(s > before.get(host, 0) for host, s in busy_s.items())
+                self._at_hand_s[label] = hosts * self._spent_s[label]
                 self.check_stop()
 
     def _note_wave(self, counts: Mapping[str, int]) -> None:
@@ -163,7 +164,7 @@ class JobRun(ABC):
             },
             resubmitted=work.resubmitted,
             busy_s=sum(work.busy_s.values()),
-            at_hand_s=sum(hosts * self._spent_s[label] for label, hosts in self._hosts.items()),
+            at_hand_s=sum(self._at_hand_s.values()),
         )
 
     def _conclude(self, shares: Sequence[Share], counts: Mapping[str, int]) -> None:

@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from cdr.engines import block_attention
 from cdr.engines.base import EngineSpec
+from cdr.engines.cpu_math import exact_products
 from cdr.engines.hardware import DTYPES
 from cdr.errors import ModelError
 
@@ -31,8 +32,6 @@ KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
 """Per layer: keys and values, each of shape [batch, heads, tokens, head_dim]; never mutated."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Rows that attend together. None on GPUs, where small kernels would cost more than masked keys.
-_ROWS_PER_BLOCK = {"cpu": 128}
 # RoPE variants whose frequencies depend on the longest position of a call, beyond a limit.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -57,8 +56,8 @@ class Decoder:
         self._decoder = model.base_model
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self._layer_types = _resolve_layer_types(model.config, spec)
-        self._rows_per_block = _ROWS_PER_BLOCK.get(device.type)
-        if self._rows_per_block and model.config._attn_implementation == "sdpa":
+        # Not on GPUs, where small kernels would cost more than masked keys.
+        if device.type == "cpu" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(block_attention.NAME)
         self._window: int = getattr(model.config, "sliding_window", None) or 0
 
@@ -103,12 +102,13 @@ class Decoder:
 
     def _make_mask(self, visible: torch.Tensor) -> torch.Tensor:
         """Make a mask, shape [batch, 1, rows, keys], in the form that the attention takes."""
-        dtype = self._model.dtype
-        if self._model.config._attn_implementation == "eager":  # it adds the mask to the scores
+        attention = self._model.config._attn_implementation
+        if attention == "eager":  # it adds the mask to the scores
+            dtype = self._model.dtype
             bias = torch.zeros(visible.shape, dtype=dtype, device=self._device)
             return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-        if self._rows_per_block and len(visible) == 1:
-            return block_attention.make_block_mask(visible[0], self._rows_per_block, dtype)
+        if attention == block_attention.NAME and len(visible) == 1:
+            return block_attention.make_block_mask(visible[0])
         return visible[:, None]
 
 
@@ -152,8 +152,8 @@ class CausalLm(Decoder):
         """
         last = self.vocab_size if last is None else min(last, self.vocab_size)
         weight = self._head.weight[first:last]
-        is_bfloat16 = states.dtype == weight.dtype == torch.bfloat16
-        with _bfloat16_products() if is_bfloat16 else contextlib.nullcontext():
+        is_exact = states.dtype == weight.dtype
+        with exact_products(states.dtype) if is_exact else contextlib.nullcontext():
             logits: torch.Tensor = states.to(self._head_dtype) @ weight.to(self._head_dtype).T
         logits = logits.float()
         if self._head.bias is not None:
@@ -259,26 +259,6 @@ def load_model(kind: Any, spec: EngineSpec, device: torch.device) -> Any:
             parameter.data = parameter.data.to(dtype)
         model.to(device)
     return model.eval()
-
-
-@contextlib.contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Let a CPU multiply float32 matrices of bfloat16 numbers as what they are, where it can.
-
-    Such products are exact in float32, in which they are added up, so only the order of the sums is
-    another one. PyTorch has no product of bfloat16 matrices on a CPU that is not rounded.
-    """
-    # PyTorch has it from 2.9 on.
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None:
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @contextlib.contextmanager

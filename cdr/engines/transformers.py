@@ -35,12 +35,13 @@ from cdr.engines.base import (
     check_length,
 )
 from cdr.engines.causal_lm import CausalLm, KeysValues
+from cdr.engines.cpu_math import map_on_cores
 from cdr.engines.prefix_tree import Ints, PrefixTree, build_prefix_tree
 from cdr.engines.tree_reader import TreeEngine, TreeReader
 from cdr.errors import ModelError
 
-# Logits held at once while the head scores: 4 MiB in float32, which stay in a CPU's cache from the
-# product to their log-sum, or 128 MiB, which fill a GPU.
+# Logits held at once while the head scores: on a CPU 4 MiB of float32 by each thread, which stay in
+# its cache from the product to their log-sum; on a GPU 128 MiB, which fill it.
 _MAX_LOGITS = {"cpu": 2**20, "cuda": 2**25}
 # Tokens of keys and values held while sampling, in multiples of `batch_tokens`.
 _SAMPLING_CACHE_FACTOR = 8
@@ -147,14 +148,21 @@ class TransformersEngine(TreeEngine):
         distinct_rows, state_of_target = np.unique(rows, return_inverse=True)
         states = hidden[self._reader.to_device(distinct_rows)]
         state, target = self._reader.to_device(state_of_target), self._reader.to_device(target_ids)
+        width = max(1, _MAX_LOGITS[self._device.type] // len(states))
+
+        def score_slice(first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits = self._lm.compute_logits(states, first, first + width)
+            inside = ((first <= target) & (target < first + width)).nonzero()[:, 0]
+            return logits.logsumexp(-1), inside, logits[state[inside], target[inside] - first]
+
+        slices = range(0, self._lm.vocab_size, width)
+        on_cpu = self._device.type == "cpu"
+        found = map_on_cores(score_slice, slices) if on_cpu else map(score_slice, slices)
         log_normalizers = torch.full((len(states),), -torch.inf, device=self._device)
         target_logits = torch.empty(len(target), device=self._device)
-        width = max(1, _MAX_LOGITS[self._device.type] // len(states))
-        for first in range(0, self._lm.vocab_size, width):
-            logits = self._lm.compute_logits(states, first, first + width)
-            log_normalizers = torch.logaddexp(log_normalizers, logits.logsumexp(-1))
-            is_inside = (first <= target) & (target < first + width)
-            target_logits[is_inside] = logits[state[is_inside], target[is_inside] - first]
+        for log_normalizer, inside, logits_inside in found:
+            log_normalizers = torch.logaddexp(log_normalizers, log_normalizer)
+            target_logits[inside] = logits_inside
         # Rounding may lift a probability a little above one.
         logprobs = (target_logits - log_normalizers[state]).clamp_(max=0.0)
         result: TokenLogprobs = logprobs.cpu().numpy()

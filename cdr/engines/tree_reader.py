@@ -23,8 +23,9 @@ from cdr.engines.hardware import count_cores
 from cdr.engines.prefix_tree import Ints, PrefixTree
 from cdr.errors import EngineError, ModelError
 
-# Rows per forward: enough to fill the matmuls, few enough that masked-out attention stays small.
-_MAX_ROWS = {"cpu": 512, "cuda": 2048}
+# Rows per forward: enough to fill the matmuls, and to be worth waking a CPU's threads for; few
+# enough that masked-out attention stays small on a GPU.
+_MAX_ROWS = 2048
 _MIN_ROWS = 16
 
 
@@ -54,7 +55,7 @@ class TreeReader:
 
     def __init__(self, decoder: Decoder, spec: EngineSpec, device: torch.device) -> None:
         self._decoder, self._spec, self._device = decoder, spec, device
-        self._max_rows = min(spec.batch_tokens, _MAX_ROWS[device.type])
+        self._max_rows = min(spec.batch_tokens, _MAX_ROWS)
         self.path = NO_PATH
         self.vocab_size = decoder.vocab_size
 

@@ -65,9 +65,9 @@ def save_model(folder: Path, architecture: str = "llama", **overrides: Any) -> P
     return folder
 
 
-def load(path: Path, **fields: Any) -> TransformersEngine:
+def load(path: Path, num_threads: int = 1, **fields: Any) -> TransformersEngine:
     fields = {"max_length": 128, **fields}
-    return TransformersEngine(EngineSpec("m", "transformers", str(path), **fields), num_threads=1)
+    return TransformersEngine(EngineSpec("m", "transformers", str(path), **fields), num_threads)
 
 
 def plain_scores(model: Any, groups: list[ScoringGroup]) -> list[list[np.ndarray[Any, Any]]]:
@@ -124,29 +124,26 @@ def tiny_model(tiny: Path) -> Any:
 
 
 def let_rows_attend_together(patch: pytest.MonkeyPatch, count: int) -> None:
-    """For engines loaded from now on; groups of these tests have fewer rows than by default."""
-    patch.setattr("cdr.engines.causal_lm._ROWS_PER_BLOCK", {"cpu": count})
+    """Groups of these tests have fewer rows than by default."""
+    for bound in ("MIN", "MAX"):
+        patch.setattr(f"cdr.engines.block_attention._{bound}_ROWS", count)
 
 
 @pytest.fixture(scope="module")
 def engine_of(tiny: Path) -> Callable[[int], TransformersEngine]:
-    """Engines of the tiny model by `batch_tokens`, each loaded once; three rows attend together."""
-
-    @cache
-    def load_once(batch_tokens: int) -> TransformersEngine:
-        with pytest.MonkeyPatch.context() as patch:
-            let_rows_attend_together(patch, 3)
-            return load(tiny, batch_tokens=batch_tokens)
-
-    return load_once
+    """Engines of the tiny model by `batch_tokens`, each loaded once."""
+    return cache(lambda batch_tokens: load(tiny, batch_tokens=batch_tokens))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("batch_tokens", "block"), [(7, 128), (4096, 5), (4096, 128)])
+@pytest.mark.parametrize(
+    ("batch_tokens", "block", "threads"), [(7, 128, 1), (4096, 5, 1), (4096, 5, 3), (4096, 128, 1)]
+)
 def test_log_probs_equal_a_plain_forward_of_each_sequence(
     architecture: str,
     batch_tokens: int,
     block: int,
+    threads: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -155,7 +152,7 @@ def test_log_probs_equal_a_plain_forward_of_each_sequence(
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    engine, groups = load(path, batch_tokens=batch_tokens), mixed_groups()
+    engine, groups = load(path, threads, batch_tokens=batch_tokens), mixed_groups()
     expected = plain_scores(model, groups)
     assert_same(engine.score(groups), expected)
     assert_same(engine.score(groups[::-1]), expected[::-1])  # goes on from the last call's path
@@ -181,24 +178,26 @@ def test_grouping_order_batch_size_and_earlier_calls_change_nothing(
     batch_tokens: int,
 ) -> None:
     # The engine has seen all examples before: what it kept of them must not show.
-    assert_same(engine_of(batch_tokens).score(groups), plain_scores(tiny_model, groups))
+    with pytest.MonkeyPatch.context() as patch:
+        let_rows_attend_together(patch, 3)
+        assert_same(engine_of(batch_tokens).score(groups), plain_scores(tiny_model, groups))
 
 
 def test_memory_running_out_splits_the_forward(
     tiny: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, groups = load(tiny), mixed_groups()
-    attention = torch.nn.functional.scaled_dot_product_attention
+    score = torch.baddbmm
     sizes: list[int] = []
 
-    def attend(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        sizes.append(query.shape[2])
-        if query.shape[2] > 40:
+    def score_some(bias: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(bias))
+        if len(bias) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return attention(query, *args, **kwargs)
+        return score(bias, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        patch.setattr(torch, "baddbmm", score_some)
         got = engine.score(groups)
     assert max(sizes) > 40
     assert_same(got, plain_scores(tiny_model, groups))
@@ -207,7 +206,7 @@ def test_memory_running_out_splits_the_forward(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+        patch.setattr(torch, "baddbmm", fail)
         with pytest.raises(EngineError, match="no memory"):
             engine.score(groups)
     assert_same(engine.score(groups), plain_scores(tiny_model, groups))

@@ -28,6 +28,7 @@ TORCH_AT_IMPORT = {
     "cdr/engines/transformers.py",
     "cdr/engines/block_attention.py",
     "cdr/engines/causal_lm.py",
+    "cdr/engines/cpu_math.py",
     "cdr/engines/classifier.py",
     "cdr/engines/tree_reader.py",
     "cdr/classifier_training.py",

@@ -1,0 +1,101 @@
+"""What makes PyTorch fast on a CPU: work in pieces, one per core, and products in bfloat16.
+
+PyTorch shares every operation among its threads, and they sleep in between (`OMP_WAIT_POLICY`, see
+`cdr.engines.launch`). Waking them took 50 µs per operation where it was measured, which is as long
+as many operations of a small model take. A piece of work done by one thread from start to end wakes
+nobody, and its intermediate results stay in that core's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def map_on_cores(do: Callable[[Piece], Result], pieces: Iterable[Piece]) -> list[Result]:
+    """Do pieces of work, as many at a time as PyTorch has threads, each on one thread.
+
+    Args:
+        do: does one piece, without gradients.
+        pieces: better several per thread than few, as the slowest one is waited for.
+
+    Returns:
+        What each gave, in order.
+    """
+    num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        return [do(piece) for piece in pieces]
+
+    def do_without_gradients(piece: Piece) -> Result:
+        with torch.inference_mode():  # a thread's own setting
+            return do(piece)
+
+    return list(_single_threads(num_threads).map(do_without_gradients, pieces))
+
+
+@contextlib.contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let a CPU multiply float32 matrices of bfloat16 numbers as what they are, where it can.
+
+    Such products are exact in float32, in which they are added up, so only the order of the sums is
+    another one. PyTorch has no product of bfloat16 matrices on a CPU that is not rounded. It is a
+    setting of the whole process, which counts as long as any thread is in here.
+
+    Args:
+        dtype: that of the numbers; other than bfloat16, nothing is changed.
+    """
+    # PyTorch has it from 2.9 on.
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or dtype != torch.bfloat16:
+        yield
+        return
+    with _exact.lock:
+        if not _exact.users:
+            _exact.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        _exact.users += 1
+    try:
+        yield
+    finally:
+        with _exact.lock:
+            _exact.users -= 1
+            if not _exact.users:
+                matmul.fp32_precision = _exact.before
+
+
+@dataclass
+class _Exact:
+    """Who is in `exact_products`, and what the setting was before."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    before: str = ""
+
+
+_exact = _Exact()
+
+
+@functools.cache
+def _single_threads(count: int) -> ThreadPoolExecutor:
+    """Start threads whose operations PyTorch does not share among others."""
+    started = threading.Barrier(count)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread's first use of PyTorch takes over what was set last
+        torch.set_num_threads(1)
+        started.wait()
+
+    threads = ThreadPoolExecutor(count, thread_name_prefix="core", initializer=start)
+    # None is idle before all are started, so each of these starts one.
+    list(threads.map(lambda _: None, range(count)))
+    torch.set_num_threads(count)  # for threads to come, which begin with what was set last
+    return threads

@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from cdr.engines import block_attention
 from cdr.engines.base import EngineSpec
-from cdr.engines.cpu_math import exact_products
+from cdr.engines.cpu_math import exact_products, pack_linear_layers
 from cdr.engines.hardware import DTYPES
 from cdr.errors import ModelError
 
@@ -56,9 +56,11 @@ class Decoder:
         self._decoder = model.base_model
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self._layer_types = _resolve_layer_types(model.config, spec)
-        # Not on GPUs, where small kernels would cost more than masked keys.
-        if device.type == "cpu" and model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(block_attention.NAME)
+        if device.type == "cpu":
+            pack_linear_layers(self._decoder)
+            # Not on GPUs, where small kernels would cost more than masked keys.
+            if model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation(block_attention.NAME)
         self._window: int = getattr(model.config, "sliding_window", None) or 0
 
     def read(

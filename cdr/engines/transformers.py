@@ -14,8 +14,9 @@ among its own rows each sees its ancestors (an explicit 4-D mask). So
 
 Rows of other branches are masked, which costs attention though not the matmuls: on a CPU a few rows
 at a time attend to the keys they need (`cdr.engines.block_attention`); on a GPU, where the mask is
-dense, it is why rows per forward are capped. See docs/decisions/0002-prefix-tree.md for the
-measurements and for what else was tried.
+dense, it is why rows per forward are capped. Each of a CPU's threads does such blocks, and slices
+of the vocabulary, from start to end (`cdr.engines.cpu_math`). docs/decisions/0002-prefix-tree.md
+has the measurements, and what else was tried.
 """
 
 from __future__ import annotations

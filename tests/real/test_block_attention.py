@@ -1,4 +1,4 @@
-"""Attention by blocks against one dense product, and what it stands on: pieces of work per core."""
+"""Attention by blocks against one dense product, and what makes PyTorch fast on CPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from cdr.engines import block_attention
 from cdr.engines.block_attention import make_block_mask
-from cdr.engines.cpu_math import exact_products, map_on_cores
+from cdr.engines.cpu_math import exact_products, map_on_cores, pack_linear_layers
 
 THREADS = 3
 
@@ -112,3 +112,22 @@ def test_products_are_exact_as_long_as_anyone_asks_for_it() -> None:
             pass
         assert products() == "bf16"
     assert products() == before
+
+
+def test_packed_layers_give_the_same_products_and_keep_no_second_weight() -> None:
+    class Own(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).relu()
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(96, 64), torch.nn.Linear(64, 33, bias=False), Own(33, 8)]
+    model = torch.nn.Sequential(*layers).eval()
+    rows = torch.randn(2, 50, 96)
+    with torch.inference_mode():
+        expected = model(rows)
+        pack_linear_layers(model)
+        got = model(rows)
+        half = torch.nn.Linear(8, 8).bfloat16()
+        pack_linear_layers(half)
+    torch.testing.assert_close(got, expected)
+    assert [layer.weight.numel() for layer in (*layers, half)] == [0, 0, 33 * 8, 64]

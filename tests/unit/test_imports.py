@@ -8,6 +8,7 @@ at import, so that the driver, the tests and `--help` start fast.
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,6 +152,19 @@ def test_folder_imports_only_what_lies_below_it(folder: str) -> None:
         if found.package in OURS - ALLOWED[folder]
     }
     assert wrong == set()
+
+
+@pytest.mark.parametrize("name", sorted(sources("notebooks")))
+def test_names_that_a_notebook_imports_exist(name: str) -> None:
+    # Types are not checked there, and their tests on Spark are no part of `make check`.
+    missing = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(sources("notebooks")[name]))
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "cdr"
+        for alias in node.names
+        if not hasattr(importlib.import_module(str(node.module)), alias.name)
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", [name for name in CDR_FILES if "/engines/" in name])

@@ -193,7 +193,14 @@ policy-demo: setup java ## Which reward makes the best policy, small: a quarter 
 # that wait must not spin then.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup setup-vllm setup-browser java ## Lint, types and every tier of tests but the cluster's
+# Spark's own resolver keeps JARs in a cache that breaks when two processes fill it at once, as tests
+# would on a new machine.
+.PHONY: jars
+jars: setup java
+	@echo "print('JARs are at hand')" > .venv/jars.py
+	@$(SUBMIT) .venv/jars.py 2> .venv/jars.log || { cat .venv/jars.log >&2; exit 1; }
+
+test: setup setup-vllm setup-browser jars ## Lint, types and every tier of tests but the cluster's
 	@$(MAKE) --no-print-directory lint types
 	@$(PYTEST)
 
@@ -208,7 +215,7 @@ lint: $(READY)
 types: $(READY)
 	@$(BIN)/mypy $(CODE)
 
-test-cluster: setup java ## Engine hosts on a standalone cluster with made-up GPU addresses
+test-cluster: jars ## Engine hosts on a standalone cluster with made-up GPU addresses
 	@$(BIN)/pytest tests/cluster
 
 # The benchmarks' own tools, each in an environment of its own. FastChat imports torch before it asks

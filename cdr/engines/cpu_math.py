@@ -27,13 +27,14 @@ def map_on_cores(do: Callable[[Piece], Result], pieces: Iterable[Piece]) -> list
 
     Args:
         do: does one piece, without gradients.
-        pieces: better several per thread than few, as the slowest one is waited for.
+        pieces: at least two per thread where there is work enough, as the slowest one is waited
+            for; a single one is done by all threads together.
 
     Returns:
         What each gave, in order.
     """
-    num_threads = torch.get_num_threads()
-    if num_threads == 1:
+    num_threads, pieces = torch.get_num_threads(), list(pieces)
+    if num_threads == 1 or len(pieces) == 1:
         return [do(piece) for piece in pieces]
 
     def do_without_gradients(piece: Piece) -> Result:

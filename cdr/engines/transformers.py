@@ -149,15 +149,17 @@ class TransformersEngine(TreeEngine):
         distinct_rows, state_of_target = np.unique(rows, return_inverse=True)
         states = hidden[self._reader.to_device(distinct_rows)]
         state, target = self._reader.to_device(state_of_target), self._reader.to_device(target_ids)
+        on_cpu, vocab_size = self._device.type == "cpu", self._lm.vocab_size
         width = max(1, _MAX_LOGITS[self._device.type] // len(states))
+        if on_cpu:  # slices for every thread where there are few states
+            width = min(width, -(-vocab_size // (2 * torch.get_num_threads())))
 
         def score_slice(first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             logits = self._lm.compute_logits(states, first, first + width)
             inside = ((first <= target) & (target < first + width)).nonzero()[:, 0]
             return logits.logsumexp(-1), inside, logits[state[inside], target[inside] - first]
 
-        slices = range(0, self._lm.vocab_size, width)
-        on_cpu = self._device.type == "cpu"
+        slices = range(0, vocab_size, width)
         found = map_on_cores(score_slice, slices) if on_cpu else map(score_slice, slices)
         log_normalizers = torch.full((len(states),), -torch.inf, device=self._device)
         target_logits = torch.empty(len(target), device=self._device)

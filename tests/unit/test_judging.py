@@ -239,7 +239,11 @@ def test_a_stopped_job_leaves_no_process_of_the_tool(tmp_path: Path) -> None:
     hung = case.tool / "hung"
     with pytest.raises(Stopped, match="SIGTERM"):
         case.judge(stop=lambda: "SIGTERM" if hung.exists() and hung.read_text() else None)
-    assert not [process for process in hung.read_text().split() if is_running(process)]
+    # Killed all, but the kernel takes its time where other work waits for the cores.
+    deadline = time.monotonic() + 30
+    while any(is_running(process) for process in hung.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     (case.tool / "hang").unlink()
     assert case.judge().unjudged == 1
 

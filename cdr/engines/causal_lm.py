@@ -109,7 +109,8 @@ class Decoder:
             dtype = self._model.dtype
             bias = torch.zeros(visible.shape, dtype=dtype, device=self._device)
             return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-        if attention == block_attention.NAME and len(visible) == 1:
+        # Rows of one sequence; a single one, in sampling, is on one branch.
+        if attention == block_attention.NAME and len(visible) == 1 < visible.shape[1]:
             return block_attention.make_block_mask(visible[0])
         return visible[:, None]
 

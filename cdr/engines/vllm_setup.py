@@ -146,6 +146,7 @@ def make_llm_arguments(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "logprobs_mode": "raw_logprobs",
+        "worker_extension_cls": "cdr.engines.vllm_worker.WorkerExtension",
         "trust_remote_code": False,
         "disable_sliding_window": _fits_sliding_window(spec),
     }
@@ -155,7 +156,6 @@ def make_llm_arguments(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
         arguments |= {
             "enable_lora": True,
             "max_lora_rank": spec.max_adapter_rank,
-            "worker_extension_cls": "cdr.engines.vllm_worker.WorkerExtension",
         }
         if spec.adapter_modules:
             arguments["lora_target_modules"] = _name_targets(spec.adapter_modules.split(","))

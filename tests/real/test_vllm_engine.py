@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from cdr.demo_model import resolve_demo_model_dir
@@ -26,6 +28,7 @@ from cdr.engines.processes import find_engine_processes, is_alive
 from cdr.engines.transformers import TransformersEngine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import find_vllm_version
+from cdr.engines.vllm_worker import _FastHead
 from cdr.errors import EngineDied, ModelError
 
 MODEL = resolve_demo_model_dir()
@@ -300,3 +303,17 @@ def test_an_engine_whose_core_is_killed_says_so_and_can_be_loaded_again() -> Non
 def vllm_cores() -> list[psutil.Process]:
     """Descendants of this process that hold an engine core; its workers are below them."""
     return [p for p in find_engine_processes() if is_alive(p) and "EngineCore" in p.cmdline()[0]]
+
+
+def test_a_head_of_weights_cast_once_gives_what_casting_them_each_time_gives() -> None:
+    torch.manual_seed(0)
+    head = SimpleNamespace(weight=torch.nn.Parameter(torch.randn(300, 96).bfloat16()))
+    bias, rows = torch.randn(300).bfloat16(), torch.randn(7, 96).bfloat16()
+    fast = _FastHead(lambda *args: args, torch)
+    with torch.inference_mode():
+        for added in (None, bias, bias):
+            expected = torch.nn.functional.linear(
+                rows.float(), head.weight.float(), None if added is None else added.float()
+            )
+            torch.testing.assert_close(fast(head, rows, added), expected)
+        assert fast(head, rows.float(), None)[0] is head  # vLLM's own way, where nothing is cast

@@ -42,10 +42,10 @@ class WorkerExtension:
         for module in model.modules():
             original = getattr(module, "_apply_head", None)
             if isinstance(module, LogitsProcessor) and original is not None:
-                module._apply_head = _FastHead(original, torch)
+                module._apply_head = PackedHead(original, torch)
 
 
-class _FastHead:
+class PackedHead:
     """In place of `LogitsProcessor._apply_head`.
 
     Args:

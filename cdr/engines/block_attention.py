@@ -72,7 +72,7 @@ class _Block:
         # Heads that share keys are more rows of one head: no copy of the keys for each.
         rows = query[0, :, self._rows].reshape(key_heads, -1, query.shape[-1])
         keys, values = self._take(key[0]), self._take(value[0])
-        bias = self._bias.repeat(heads // key_heads, 1)
+        bias = self._repeat_bias(len(rows[0]))
         at_once = max(1, _MAX_SCORES // bias.numel())
         found = []
         for first in range(0, key_heads, at_once):
@@ -82,6 +82,13 @@ class _Block:
             found.append(torch.bmm(scores.softmax(-1).to(values.dtype), values[part]))
         by_head = torch.cat(found).reshape(heads, -1, value.shape[-1])
         attended[0, self._rows] = by_head.transpose(0, 1)
+
+    def _repeat_bias(self, num_rows: int) -> torch.Tensor:
+        """Give what to add to scores, for rows repeated, shape [num_rows, keys]."""
+        if len(self._bias) != num_rows:  # once per forward: the layers are alike
+            own = self._rows.stop - self._rows.start
+            self._bias = self._bias[:own].repeat(num_rows // own, 1)
+        return self._bias
 
     def _take(self, keys: torch.Tensor) -> torch.Tensor:
         """Take the needed ones of keys or values, shape [key heads, keys, head_dim]."""

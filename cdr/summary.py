@@ -124,7 +124,7 @@ class Summary:
         no_pair: prompts without a pair, by reason.
         length_fallbacks: pairs whose length window was empty.
         tokens: tokens read by the scoring models, prefixes once.
-        scoring_s: seconds spent in waves.
+        scoring_s: seconds spent in waves; whole ones where it comes from `runs`.
         engines: how it used its engines.
         wall_s: seconds since the start.
     """
@@ -149,6 +149,11 @@ class Summary:
     def prompts(self) -> int:
         """Prompts with at least one candidate that was not rejected."""
         return sum(domain.prompts for domain in self.domains.values())
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Speed of scoring; None where nothing was scored, or in no measurable time."""
+        return self.tokens / self.scoring_s if self.tokens and self.scoring_s else None
 
     @property
     def rejected_fraction(self) -> float:
@@ -192,8 +197,8 @@ class Summary:
             "wall_s": self.wall_s,
             **self.engines.metrics(),
         }
-        if self.scoring_s > 0:
-            found["tokens_per_s"] = self.tokens / self.scoring_s
+        if self.tokens_per_s is not None:
+            found["tokens_per_s"] = self.tokens_per_s
         for name, domain in self.domains.items():
             for kind, values in (
                 ("reward", domain.reward_quantiles), ("margin", domain.margin_quantiles)
@@ -227,9 +232,7 @@ class Summary:
             f"{'pairs':<12}{self.pairs:>9,}   without a pair: {_listed(self.no_pair)}; "
             f"length window empty: {self.length_fallbacks:,}",
             f"{'tokens':<12}{self.tokens:>9,}   "
-            + (
-                f"{self.tokens / self.scoring_s:,.0f} tokens/s while scoring" if self.tokens else ""
-            ),
+            + (f"{self.tokens_per_s:,.0f} tokens/s while scoring" if self.tokens_per_s else ""),
             *self.engines.render(),
             f"{'wall time':<12}{self.wall_s:>8,.0f}s   of it scoring {self.scoring_s:,.0f}s",
             "",
@@ -275,7 +278,7 @@ def summarize(
         asked: log-probs the reward needs.
         scored: log-probs computed now.
         tokens: tokens read by the scoring models.
-        scoring_s: seconds spent in waves.
+        scoring_s: seconds spent in waves; whole ones where it comes from `runs`.
         engines: how the run used its engines.
         wall_s: seconds since the start.
     """

@@ -23,15 +23,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from cdr.engines.cpu_math import exact_products, map_on_cores
+from cdr.engines.cpu_math import exact_products, map_on_cores, multiply
 
 NAME = "cdr_blocks"
 """What `set_attn_implementation` takes."""
 
 # Rows that attend together: many enough for fast products, few enough to see few keys in vain.
 _MAX_ROWS, _MIN_ROWS = 128, 16
-# Scores held at once by a thread, unless those of one head are more: 4 MiB, to stay in a cache.
-_MAX_SCORES = 2**20
 
 
 class _Block:
@@ -73,14 +71,14 @@ class _Block:
         rows = query[0, :, self._rows].reshape(key_heads, -1, query.shape[-1])
         keys, values = self._take(key[0]), self._take(value[0])
         bias = self._repeat_bias(len(rows[0]))
-        at_once = max(1, _MAX_SCORES // bias.numel())
         found = []
-        for first in range(0, key_heads, at_once):
-            part = slice(first, first + at_once)
-            queries, keys_ = rows[part].float(), keys[part].float()
-            scores = torch.baddbmm(bias, queries, keys_.transpose(1, 2), alpha=scaling)
-            found.append(torch.bmm(scores.softmax(-1).to(values.dtype), values[part]))
-        by_head = torch.cat(found).reshape(heads, -1, value.shape[-1])
+        # Not as a batch, for which PyTorch has only MKL in float32.
+        for queries, keys_, values_ in zip(rows.float(), keys.float(), values, strict=True):
+            scores = multiply(queries, keys_)
+            # Not before, when queries would no longer be numbers of their dtype.
+            torch.add(bias, scores, alpha=scaling, out=scores)
+            found.append(multiply(scores.softmax(-1).to(values_.dtype), values_.T))
+        by_head = torch.stack(found).reshape(heads, -1, value.shape[-1])
         attended[0, self._rows] = by_head.transpose(0, 1)
 
     def _repeat_bias(self, num_rows: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from cdr.engines import block_attention
 from cdr.engines.base import EngineSpec
-from cdr.engines.cpu_math import exact_products, pack_linear_layers
+from cdr.engines.cpu_math import exact_products, multiply, speed_up_linear_layers
 from cdr.engines.hardware import DTYPES
 from cdr.errors import ModelError
 
@@ -57,7 +57,7 @@ class Decoder:
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self._layer_types = _resolve_layer_types(model.config, spec)
         if device.type == "cpu":
-            pack_linear_layers(self._decoder)
+            speed_up_linear_layers(self._decoder)
             # Not on GPUs, where small kernels would cost more than masked keys.
             if model.config._attn_implementation == "sdpa":
                 model.set_attn_implementation(block_attention.NAME)
@@ -155,10 +155,8 @@ class CausalLm(Decoder):
         """
         last = self.vocab_size if last is None else min(last, self.vocab_size)
         weight = self._head.weight[first:last]
-        is_exact = states.dtype == weight.dtype
-        with exact_products(states.dtype) if is_exact else contextlib.nullcontext():
-            logits: torch.Tensor = states.to(self._head_dtype) @ weight.to(self._head_dtype).T
-        logits = logits.float()
+        with exact_products(torch.promote_types(states.dtype, weight.dtype)):
+            logits = multiply(states.to(self._head_dtype), weight.to(self._head_dtype)).float()
         if self._head.bias is not None:
             logits += self._head.bias[first:last]
         if self._scale != 1.0:

@@ -212,7 +212,7 @@ class _Core:
         )
         self._check_head(str(config.model_config.head_dtype).removeprefix("torch."))
         if current_platform.is_cpu() and spec.head_dtype == "float32" != spec.dtype:
-            self._llm.collective_rpc("pack_float32_head")
+            self._llm.collective_rpc("cast_head_once")
 
     def load_adapter(self, spec: EngineSpec) -> Any:
         """Load a spec's adapter and give what requests carry for it; None for none.

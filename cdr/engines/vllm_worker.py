@@ -29,43 +29,41 @@ class WorkerExtension:
         names = {name.removesuffix(".base_layer") for name in manager.get_adapter(adapter_id).loras}
         return sorted(names - set(manager.modules))
 
-    def pack_float32_head(self) -> None:
+    def cast_head_once(self) -> None:
         """Let the float32 head of a model in another dtype multiply from weights cast once.
 
         For CPUs, where vLLM casts all of them for every request, and multiplies by MKL, which is
         slow on some (`cdr.engines.cpu_math`). Where vLLM has no such head, nothing is changed.
         """
-        import torch
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
         model = self.model_runner.get_model()
         for module in model.modules():
             original = getattr(module, "_apply_head", None)
             if isinstance(module, LogitsProcessor) and original is not None:
-                module._apply_head = PackedHead(original, torch)
+                module._apply_head = Float32Head(original)
 
 
-class PackedHead:
+class Float32Head:
     """In place of `LogitsProcessor._apply_head`.
 
     Args:
         original: what it replaces.
-        torch: the module.
     """
 
-    def __init__(self, original: Any, torch: Any) -> None:
-        self._original, self._torch = original, torch
-        self._packed: dict[int, Any] = {}
+    def __init__(self, original: Any) -> None:
+        self._original = original
+        self._weights: dict[int, Any] = {}
 
     def __call__(self, lm_head: Any, hidden_states: Any, embedding_bias: Any) -> Any:
-        """Give logits, shape [rows, ids]."""
-        torch = self._torch
-        if hidden_states.dtype == torch.float32 or not hasattr(lm_head, "weight"):
+        """Give float32 logits, shape [rows, ids]."""
+        from torch import float32
+
+        from cdr.engines.cpu_math import multiply
+
+        if hidden_states.dtype == float32 or not hasattr(lm_head, "weight"):
             return self._original(lm_head, hidden_states, embedding_bias)
-        if id(lm_head) not in self._packed:
-            weight = lm_head.weight.detach().to(torch.float32)
-            self._packed[id(lm_head)] = torch.ops.mkldnn._reorder_linear_weight(weight)
-        bias = None if embedding_bias is None else embedding_bias.to(torch.float32)
-        rows = hidden_states.to(torch.float32)
-        packed = self._packed[id(lm_head)]
-        return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        if id(lm_head) not in self._weights:
+            self._weights[id(lm_head)] = lm_head.weight.detach().to(float32)
+        bias = None if embedding_bias is None else embedding_bias.to(float32)
+        return multiply(hidden_states.to(float32), self._weights[id(lm_head)], bias)

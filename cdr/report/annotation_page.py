@@ -84,9 +84,9 @@ def _came(data: AnnotationData) -> Iterator[tuple[str, str]]:
         f"{summary.asked:,} asked, {summary.scored:,} computed by this run, the rest were stored",
     )
     speed = ""
-    if summary.tokens and summary.scoring_s:
+    if summary.tokens_per_s is not None:
         speed = (
-            f", {summary.tokens / summary.scoring_s:,.0f} tokens/s, "
+            f", {summary.tokens_per_s:,.0f} tokens/s, "
             f"{summary.prompts / summary.scoring_s:,.2g} prompts/s"
         )
     yield "scoring", f"{summary.tokens:,} tokens in {summary.scoring_s:,.0f} s{speed}"

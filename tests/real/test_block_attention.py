@@ -10,7 +10,7 @@ import torch
 
 from cdr.engines import block_attention
 from cdr.engines.block_attention import make_block_mask
-from cdr.engines.cpu_math import exact_products, map_on_cores, pack_linear_layers
+from cdr.engines.cpu_math import exact_products, map_on_cores, speed_up_linear_layers
 
 THREADS = 3
 
@@ -36,22 +36,21 @@ def see(prefix: int, branches: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scores", [2**20, 1])
+@pytest.mark.parametrize("head_dim", [64, 80])  # the scaling of the latter is no power of two
 @pytest.mark.parametrize("branches", [[1], [40, 50, 300, 1, 1, 60]])
 def test_blocks_attend_as_one_dense_product_does(
-    dtype: torch.dtype, scores: int, branches: list[int], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, head_dim: int, branches: list[int]
 ) -> None:
-    monkeypatch.setattr(block_attention, "_MAX_SCORES", scores)
     torch.manual_seed(0)
     visible = see(100, branches)
     rows, keys = visible.shape
-    query = 3 * torch.randn(1, 6, rows, 64).to(dtype)
-    key, value = torch.randn(2, 1, 3, keys, 64).to(dtype)
+    query = 3 * torch.randn(1, 6, rows, head_dim).to(dtype)
+    key, value = torch.randn(2, 1, 3, keys, head_dim).to(dtype)
     got, _ = block_attention.attend(
         torch.nn.Identity(), query, key, value, make_block_mask(visible)
     )
     shared = key.double().repeat_interleave(2, 1), value.double().repeat_interleave(2, 1)
-    dots = query.double() @ shared[0].transpose(2, 3) / 8
+    dots = query.double() @ shared[0].transpose(2, 3) * head_dim**-0.5
     weights = dots.masked_fill(~visible, -torch.inf).softmax(-1)
     exact = (weights @ shared[1]).transpose(1, 2)
     # With scores rounded to bfloat16 it would be several times as much.
@@ -114,7 +113,7 @@ def test_products_are_exact_as_long_as_anyone_asks_for_it() -> None:
     assert products() == before
 
 
-def test_packed_layers_give_the_same_products_and_keep_no_second_weight() -> None:
+def test_linear_layers_by_onednn_give_the_same_products_from_the_same_weights() -> None:
     class Own(torch.nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input).relu()
@@ -122,12 +121,16 @@ def test_packed_layers_give_the_same_products_and_keep_no_second_weight() -> Non
     torch.manual_seed(0)
     layers = [torch.nn.Linear(96, 64), torch.nn.Linear(64, 33, bias=False), Own(33, 8)]
     model = torch.nn.Sequential(*layers).eval()
+    weights = [layer.weight.data_ptr() for layer in layers]
+    half = torch.nn.Linear(96, 8).bfloat16()
     rows = torch.randn(2, 50, 96)
     with torch.inference_mode():
-        expected = model(rows)
-        pack_linear_layers(model)
-        got = model(rows)
-        half = torch.nn.Linear(8, 8).bfloat16()
-        pack_linear_layers(half)
+        expected = model(rows), half(rows.bfloat16())
+        speed_up_linear_layers(model)
+        speed_up_linear_layers(half)
+        with torch.profiler.profile() as profile:
+            got = model(rows), half(rows.bfloat16())
     torch.testing.assert_close(got, expected)
-    assert [layer.weight.numel() for layer in (*layers, half)] == [0, 0, 33 * 8, 64]
+    assert [layer.weight.data_ptr() for layer in layers] == weights
+    ran = [event.name for event in profile.events()]
+    assert ran.count("mkldnn::_linear_pointwise") == 2

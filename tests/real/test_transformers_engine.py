@@ -187,17 +187,17 @@ def test_memory_running_out_splits_the_forward(
     tiny: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, groups = load(tiny), mixed_groups()
-    score = torch.baddbmm
+    read = CausalLm.read
     sizes: list[int] = []
 
-    def score_some(bias: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        sizes.append(len(bias))
-        if len(bias) > 40:
+    def read_some(lm: CausalLm, token_ids: torch.Tensor, **kwargs: Any) -> Any:
+        sizes.append(token_ids.shape[1])
+        if token_ids.shape[1] > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return score(bias, *args, **kwargs)
+        return read(lm, token_ids, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "baddbmm", score_some)
+        patch.setattr(CausalLm, "read", read_some)
         got = engine.score(groups)
     assert max(sizes) > 40
     assert_same(got, plain_scores(tiny_model, groups))
@@ -206,7 +206,7 @@ def test_memory_running_out_splits_the_forward(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "baddbmm", fail)
+        patch.setattr(CausalLm, "read", fail)
         with pytest.raises(EngineError, match="no memory"):
             engine.score(groups)
     assert_same(engine.score(groups), plain_scores(tiny_model, groups))

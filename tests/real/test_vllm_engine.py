@@ -28,7 +28,7 @@ from cdr.engines.processes import find_engine_processes, is_alive
 from cdr.engines.transformers import TransformersEngine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import find_vllm_version
-from cdr.engines.vllm_worker import PackedHead
+from cdr.engines.vllm_worker import Float32Head
 from cdr.errors import EngineDied, ModelError
 
 MODEL = resolve_demo_model_dir()
@@ -309,7 +309,7 @@ def test_a_head_of_weights_cast_once_gives_what_casting_them_each_time_gives() -
     torch.manual_seed(0)
     head = SimpleNamespace(weight=torch.nn.Parameter(torch.randn(300, 96).bfloat16()))
     bias, rows = torch.randn(300).bfloat16(), torch.randn(7, 96).bfloat16()
-    fast = PackedHead(lambda *args: args, torch)
+    fast = Float32Head(lambda *args: args)
     with torch.inference_mode():
         for added in (None, bias, bias):
             expected = torch.nn.functional.linear(

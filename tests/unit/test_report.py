@@ -150,6 +150,17 @@ def test_models_with_tokens_of_their_own_are_shown_each() -> None:
     assert "… and 7 more tokens: +1.50 nats" in text
 
 
+def test_speed_is_told_unless_scoring_took_less_than_the_second_that_runs_keeps() -> None:
+    measured = make_report()
+    assert "300 tokens/s while scoring" in measured.summary.render()
+    assert "300 tokens/s" in Reader(render_annotation(measured)).text
+    assert measured.summary.metrics()["tokens_per_s"] == 300.0
+    brief = with_summary(measured, scoring_s=0.0)
+    assert "tokens/s" not in brief.summary.render()
+    assert "tokens/s" not in Reader(render_annotation(brief)).text
+    assert "tokens_per_s" not in brief.summary.metrics()
+
+
 def test_what_engines_did_is_told_where_they_were_asked() -> None:
     plain = make_report()
     assert "strong 12 s, weak 11 s" in Reader(render_annotation(plain)).text

@@ -7,8 +7,10 @@ The run is `jobs/annotate.py` with the demo's reward on a warehouse of its own: 
 encodes, scores with both models, commits its waves, weighs, pairs, writes the report page and an
 MLflow run. The bare side is the router and the two engines in this process, one after the other,
 on the same token ids: half of the prompts before the run and half after it, so that a machine that
-changes its speed meanwhile does so for both. What loads models is told and is in neither time; the
-start of Spark's session is told too. Log-probs and domains of both sides are compared.
+changes its speed meanwhile does so for both. From the speed of the first half follow the sizes of
+waves and tasks, as docs/how-to/sizing.md tells users to choose them. What loads models is told and
+is in neither time; the start of Spark's session is told too. Log-probs and domains of both sides
+are compared.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 from pyspark.sql import functions as F
 
+from cdr.config import RunSpec
 from cdr.encoding import Candidate, ids_hash
 from cdr.engines.base import LogprobEngine, ScoringGroup, make_engine
 from cdr.engines.wire import Outcome
@@ -48,8 +51,8 @@ from jobs.annotate import annotate
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SIZES = ("run.wave_tokens=1_200_000", "run.task_tokens=100_000", "run.request_tokens=16_384")
-"""As docs/how-to/sizing.md has them, for a CPU with 1,000 tokens/s: waves of 20 minutes."""
+WAVE_S, TASK_S = 1500, 90
+"""Seconds of a wave and a task, as docs/how-to/sizing.md has them."""
 
 
 @dataclass
@@ -149,10 +152,14 @@ def measure(prompts: int, sets: Sequence[str], folder: Path) -> None:
     source = folder / "completions.jsonl"
     with source.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in make_rows(prompts))
-    plan = load_annotation_plan(
-        ROOT / "conf/annotate/demo.yaml",
-        [f"input.path={source}", f"warehouse={folder}/warehouse", *SIZES, *sets],
-    )
+    # Requests of the size that a run has by default, not the demo's.
+    sets = [
+        f"input.path={source}",
+        f"warehouse={folder}/warehouse",
+        f"run.request_tokens={RunSpec().request_tokens}",
+        *sets,
+    ]
+    plan = _load(sets)
     started = time.perf_counter()
     spark = get_session("cdr benchmark", warehouse=plan.config.warehouse)
     session_s = time.perf_counter() - started
@@ -165,6 +172,9 @@ def measure(prompts: int, sets: Sequence[str], folder: Path) -> None:
     bare = Bare(plan)
     half = len(rows) // 2
     bare.annotate(rows[:half])
+    rate = bare.tokens / bare.spent_s
+    sizes = [f"run.wave_tokens={rate * WAVE_S:.0f}", f"run.task_tokens={rate * TASK_S:.0f}"]
+    plan = place(_load([*sizes, *sets]), spark)
     started = time.perf_counter()
     code = annotate(plan, warehouse)
     job_s = time.perf_counter() - started
@@ -189,6 +199,10 @@ def measure(prompts: int, sets: Sequence[str], folder: Path) -> None:
     print(f"                 {bare.spent_s / job_s:7.3f} with the loading of the run's models")
     print(_compare(bare, warehouse))
     spark.stop()
+
+
+def _load(sets: Sequence[str]) -> AnnotationPlan:
+    return load_annotation_plan(ROOT / "conf/annotate/demo.yaml", sets)
 
 
 def _compare(bare: Bare, warehouse: Warehouse) -> str:

@@ -21,7 +21,7 @@ export SPARK_LOCAL_IP := 127.0.0.1
 # Spark's driver and workers run the interpreter that has the packages.
 export PYSPARK_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo kinds-demo study-demo peer-check report-demo notebooks loop-demo policy-demo test test-cluster check-tools check lint types unit format bench-scoring docs package requirements clean
+.PHONY: help setup setup-vllm setup-browser doctor demo eval-demo kinds-demo study-demo peer-check report-demo notebooks loop-demo policy-demo test test-cluster check-tools check lint types unit format bench-scoring bench-overhead docs package requirements clean
 
 help: ## Print this
 	@echo "make demo     annotate the demo completions with real models (WAREHOUSE=$(WAREHOUSE))"
@@ -246,6 +246,9 @@ format: $(READY) ## Format the code
 
 bench-scoring: setup setup-vllm ## Compare the engines with what others do, in one run (ARGS=--quick)
 	@$(BIN)/python benchmarks/scoring.py $(ARGS)
+
+bench-overhead: setup java ## Compare a whole annotate run with its bare engines (half an hour on a fast CPU)
+	@$(BIN)/python benchmarks/spark_overhead.py --prompts 1800 $(ARGS)
 
 peer-check: setup ## Compare our rewards with TRL's log-probs on the demo's 224 completions
 	@$(BIN)/python benchmarks/peer_check.py $(ARGS)

@@ -70,23 +70,16 @@ class _Block:
         # Heads that share keys are more rows of one head: no copy of the keys for each.
         rows = query[0, :, self._rows].reshape(key_heads, -1, query.shape[-1])
         keys, values = self._take(key[0]), self._take(value[0])
-        bias = self._repeat_bias(len(rows[0]))
         found = []
         # Not as a batch, for which PyTorch has only MKL in float32.
         for queries, keys_, values_ in zip(rows.float(), keys.float(), values, strict=True):
             scores = multiply(queries, keys_)
+            by_row = scores.view(-1, *self._bias.shape)
             # Not before, when queries would no longer be numbers of their dtype.
-            torch.add(bias, scores, alpha=scaling, out=scores)
+            torch.add(self._bias, by_row, alpha=scaling, out=by_row)
             found.append(multiply(scores.softmax(-1).to(values_.dtype), values_.T))
         by_head = torch.stack(found).reshape(heads, -1, value.shape[-1])
         attended[0, self._rows] = by_head.transpose(0, 1)
-
-    def _repeat_bias(self, num_rows: int) -> torch.Tensor:
-        """Give what to add to scores, for rows repeated, shape [num_rows, keys]."""
-        if len(self._bias) != num_rows:  # once per forward: the layers are alike
-            own = self._rows.stop - self._rows.start
-            self._bias = self._bias[:own].repeat(num_rows // own, 1)
-        return self._bias
 
     def _take(self, keys: torch.Tensor) -> torch.Tensor:
         """Take the needed ones of keys or values, shape [key heads, keys, head_dim]."""

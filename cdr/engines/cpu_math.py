@@ -76,7 +76,7 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 def multiply(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Multiply as `torch.nn.functional.linear` does; float32 on a CPU by oneDNN, if it is there.
+    """Multiply as `torch.nn.functional.linear` does; float32 on a CPU by oneDNN, without gradients.
 
     PyTorch takes MKL for float32, which is less than half as fast on AMD's CPUs. oneDNN rearranges
     the weights in each call. Rearranged ones are 5 % faster from 512 rows on, but no longer pages
@@ -90,7 +90,8 @@ def multiply(
     Returns:
         Shape [..., outputs].
     """
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and _has_onednn():
+    is_float32 = rows.device.type == "cpu" and rows.dtype == torch.float32
+    if is_float32 and not torch.is_grad_enabled() and _has_onednn():
         # What PyTorch's own compiler calls (`torch._inductor`); it has no public name.
         op = torch.ops.mkldnn._linear_pointwise
         result: torch.Tensor = op(rows, weight, bias, "none", [], "")
@@ -99,7 +100,7 @@ def multiply(
 
 
 def speed_up_linear_layers(model: torch.nn.Module) -> None:
-    """Let the linear layers of a model run by `multiply`, without gradients.
+    """Let the linear layers of a model run by `multiply`.
 
     Args:
         model: any; a subclass of `torch.nn.Linear` may have a forward of its own and is left as it

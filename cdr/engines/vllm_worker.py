@@ -29,19 +29,25 @@ class WorkerExtension:
         names = {name.removesuffix(".base_layer") for name in manager.get_adapter(adapter_id).loras}
         return sorted(names - set(manager.modules))
 
-    def cast_head_once(self) -> None:
+    def cast_head_once(self) -> int:
         """Let the float32 head of a model in another dtype multiply from weights cast once.
 
         For CPUs, where vLLM casts all of them for every request, and multiplies by MKL, which is
-        slow on some (`cdr.engines.cpu_math`). Where vLLM has no such head, nothing is changed.
+        slow on some (`cdr.engines.cpu_math`).
+
+        Returns:
+            How many heads do now; none where this vLLM computes logits elsewhere.
         """
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-        model = self.model_runner.get_model()
-        for module in model.modules():
-            original = getattr(module, "_apply_head", None)
-            if isinstance(module, LogitsProcessor) and original is not None:
-                module._apply_head = Float32Head(original)
+        heads = [
+            module
+            for module in self.model_runner.get_model().modules()
+            if isinstance(module, LogitsProcessor) and hasattr(module, "_apply_head")
+        ]
+        for head in heads:
+            head._apply_head = Float32Head(head._apply_head)
+        return len(heads)
 
 
 class Float32Head:
@@ -61,7 +67,9 @@ class Float32Head:
 
         from cdr.engines.cpu_math import multiply
 
-        if hidden_states.dtype == float32 or not hasattr(lm_head, "weight"):
+        # Of quantised weights vLLM has to say what can be done.
+        is_plain = type(lm_head.quant_method).__name__.startswith("Unquantized")
+        if hidden_states.dtype == float32 or not is_plain:
             return self._original(lm_head, hidden_states, embedding_bias)
         if id(lm_head) not in self._weights:
             self._weights[id(lm_head)] = lm_head.weight.detach().to(float32)

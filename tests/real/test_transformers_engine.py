@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cdr.demo_model import resolve_demo_model_dir
+from cdr.engines import block_attention
 from cdr.engines.base import EngineSpec, SamplingRequest, ScoringGroup
 from cdr.engines.causal_lm import CausalLm
+from cdr.engines.cpu_math import multiply
 from cdr.engines.transformers import TransformersEngine
 from cdr.errors import EngineError, ModelError
 
@@ -187,17 +189,16 @@ def test_memory_running_out_splits_the_forward(
     tiny: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, groups = load(tiny), mixed_groups()
-    read = CausalLm.read
     sizes: list[int] = []
 
-    def read_some(lm: CausalLm, token_ids: torch.Tensor, **kwargs: Any) -> Any:
-        sizes.append(token_ids.shape[1])
-        if token_ids.shape[1] > 40:
+    def multiply_some(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        if len(rows) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(lm, token_ids, **kwargs)
+        return multiply(rows, weight)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CausalLm, "read", read_some)
+        patch.setattr(block_attention, "multiply", multiply_some)
         got = engine.score(groups)
     assert max(sizes) > 40
     assert_same(got, plain_scores(tiny_model, groups))
@@ -206,7 +207,7 @@ def test_memory_running_out_splits_the_forward(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(CausalLm, "read", fail)
+        patch.setattr(block_attention, "multiply", fail)
         with pytest.raises(EngineError, match="no memory"):
             engine.score(groups)
     assert_same(engine.score(groups), plain_scores(tiny_model, groups))

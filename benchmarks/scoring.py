@@ -302,7 +302,7 @@ def count_useful_flops(model: Any, groups: Sequence[ScoringGroup]) -> float:
     # Each row attends to what is before it; scores and weighted values are two products.
     pairs = float((tree.depths + 1).sum())
     attention = 4 * model.config.num_hidden_layers * model.config.hidden_size * pairs
-    return 2.0 * body * len(tree) + 2.0 * head * len(tree.target_ids) + attention
+    return float(2 * body * len(tree) + 2 * head * len(tree.target_ids) + attention)
 
 
 def print_table(cases: Sequence[Case], ideal_s: Sequence[float]) -> None:
@@ -334,8 +334,8 @@ def describe_ranks(demo: Round) -> str:
     ranks, same = [], 0
     for one, other in zip(demo.scores[VLLM], demo.scores[TRANSFORMERS], strict=True):
         sums = [[float(s.sum(dtype=np.float64)) for s in scores] for scores in (one, other)]
-        places = [np.argsort(np.argsort(one)) for one in sums]
-        ranks.append(np.corrcoef(*places)[0, 1])
+        places = [np.argsort(np.argsort(one)).astype(float) for one in sums]
+        ranks.append(np.corrcoef(places[0], places[1])[0, 1])
         same += int(np.argmax(sums[0]) == np.argmax(sums[1]))
     return (
         f"rank correlation within a prompt {np.mean(ranks):.4f}, same likeliest candidate "

@@ -47,7 +47,8 @@ def explain_load(error: Exception, spec: EngineSpec, *, log_begin: int) -> Model
         f"vLLM cannot load the model: {reason}",
         where=f"engine vllm on {spec.path}",
         fix="vLLM's own messages are above, or in the host's log. Out of memory: lower max_length "
-        "or batch_tokens, raise memory_fraction (a GPU) or extra.kv_cache_memory_bytes (a CPU)",
+        "or batch_tokens, raise memory_fraction (a GPU) or extra.kv_cache_memory_bytes (a CPU). "
+        "A head that is quantised: set head_dtype to the model's dtype",
     )
 
 

@@ -1,7 +1,7 @@
 """What all but the models costs: a whole annotate run, and the bare engines on the same rows.
 
     python benchmarks/spark_overhead.py                  # 60 prompts; the fixed cost shows
-    python benchmarks/spark_overhead.py --prompts 1800   # ten minutes of work at 3,000 tokens/s
+    make bench-overhead                                  # 1,800: ten minutes at 3,000 tokens/s
 
 The run is `jobs/annotate.py` with the demo's reward on a warehouse of its own: it reads, routes,
 encodes, scores with both models, commits its waves, weighs, pairs, writes the report page and an

@@ -211,8 +211,8 @@ class _Core:
             and bool(getattr(config, "use_v2_model_runner", False)),
         )
         self._check_head(str(config.model_config.head_dtype).removeprefix("torch."))
-        is_cast = current_platform.is_cpu() and spec.head_dtype == "float32" != spec.dtype
-        if is_cast and not all(self._llm.collective_rpc("cast_head_once")):
+        casts_head = current_platform.is_cpu() and spec.head_dtype == "float32" != spec.dtype
+        if casts_head and not all(self._llm.collective_rpc("cast_head_once")):
             _log.warning("%s casts the head for every request, which is slow", self.version)
 
     def load_adapter(self, spec: EngineSpec) -> Any:

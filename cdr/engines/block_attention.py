@@ -100,7 +100,7 @@ def make_block_mask(visible: torch.Tensor) -> torch.Tensor:
     """
     num_rows = len(visible)
     # Small ones where there are few rows, so that every thread has blocks.
-    size = max(_MIN_ROWS, min(_MAX_ROWS, num_rows // (2 * torch.get_num_threads())))
+    size = max(_MIN_ROWS, min(_MAX_ROWS, num_rows // torch.get_num_threads()))
     sees_last = visible[:, -num_rows:].diagonal(-1)  # of all rows but the first
     branches = (~sees_last).nonzero()[:, 0] + 1
     mask = visible[None, None]

@@ -278,7 +278,7 @@ def summarize(
         asked: log-probs the reward needs.
         scored: log-probs computed now.
         tokens: tokens read by the scoring models.
-        scoring_s: seconds spent in waves; whole ones where it comes from `runs`.
+        scoring_s: seconds spent in waves.
         engines: how the run used its engines.
         wall_s: seconds since the start.
     """

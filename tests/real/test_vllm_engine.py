@@ -28,7 +28,7 @@ from cdr.engines.client import connect
 from cdr.engines.device import Device
 from cdr.engines.launch import HostOptions
 from cdr.engines.owner import Owner
-from cdr.engines.processes import find_engine_processes, is_alive
+from cdr.engines.processes import is_alive
 from cdr.engines.transformers import TransformersEngine
 from cdr.engines.vllm import VllmEngine
 from cdr.engines.vllm_setup import find_vllm_version
@@ -372,7 +372,5 @@ def test_a_host_holds_two_cores_that_work_at_the_same_time(
 
 def vllm_cores(parent: int | None = None) -> list[psutil.Process]:
     """Engine cores among this process's descendants, or a host's; workers are below them."""
-    found = find_engine_processes()
-    if parent is not None:
-        found = set(psutil.Process(parent).children(recursive=True))
+    found = psutil.Process(parent).children(recursive=True)
     return [p for p in found if is_alive(p) and "EngineCore" in " ".join(p.cmdline()[:1])]
